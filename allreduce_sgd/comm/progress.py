@@ -1,0 +1,208 @@
+"""The progress engine: moves started operations on, since MPI moves nothing unless it is called.
+
+Operations are generators that yield whenever they wait for a message. One lock stands around every call of MPI. Who
+advances them: the thread that starts an operation, once, if the lock is free (so its first message leaves at once); a
+thread that waits for one, all the time; and a progress thread while nobody waits, which is what overlaps communication
+with back-propagation.
+
+Collectives of one communicator run first in, first out; point-to-point operations run beside them. Polling backs off:
+a blocked wait that spins would take the core from the peer it waits for.
+"""
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+
+from torch import Tensor
+
+from allreduce_sgd.comm.base import Traffic
+from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
+
+__all__ = ["Operation", "ProgressEngine", "Program"]
+
+Program = Iterator[bool]
+"""Yields where it waits for a message: True if it got on since the last time, False if not."""
+
+_GIL_SWITCH_SECONDS = 0.0005
+_SPIN_SECONDS = 0.0002
+_SLEEP_SECONDS = 0.00005
+_LONGEST_SLEEP_SECONDS = 0.0005
+_CLOSE_SECONDS = 5.0
+
+
+class Operation:
+    """A started operation; also the Work that its caller holds."""
+
+    def __init__(
+        self, engine: "ProgressEngine", program: Program, buffer: Tensor, name: str, timeout: float, traffic: Traffic
+    ) -> None:
+        self.name = name
+        self.buffer = buffer
+        self.finished = False
+        self.error: Exception | None = None
+        self._engine = engine
+        self._program = program
+        self._timeout = timeout
+        self._traffic = traffic
+        self._started_seconds: float | None = None
+
+    def advance(self) -> bool:
+        """Go on as far as possible without waiting, and say whether anything moved. The engine's lock is held."""
+        if self._started_seconds is None:
+            self._started_seconds = time.perf_counter()
+        try:
+            return next(self._program)
+        except StopIteration:
+            pass
+        except Exception as problem:
+            self.error = CommunicationError(f"{self.name} failed: {problem}")
+            self.error.__cause__ = problem
+        self._traffic.busy_seconds += time.perf_counter() - self._started_seconds
+        self.finished = True
+        return True
+
+    def wait(self, timeout: float | None = None) -> Tensor:
+        limit = self._timeout if timeout is None else timeout
+        started = time.perf_counter()
+        if not self.finished and not self._engine.drive(self, started + limit):
+            raise CommunicationTimeout(f"{self.name}: not finished after {limit:g} s; a rank is stuck, gone or late")
+        self._traffic.waited_seconds += time.perf_counter() - started
+        if self.error is not None:
+            raise self.error
+        return self.buffer
+
+    def done(self) -> bool:
+        return self.finished
+
+
+class Backoff:
+    """Spins while messages move or moved a moment ago, then sleeps, longer each time up to a bound."""
+
+    def __init__(self) -> None:
+        self._moved_seconds = time.perf_counter()
+        self._sleep_seconds = _SLEEP_SECONDS
+
+    def pause(self, moved: bool) -> None:
+        now = time.perf_counter()
+        if moved:
+            self._moved_seconds = now
+            self._sleep_seconds = _SLEEP_SECONDS
+        if now - self._moved_seconds < _SPIN_SECONDS:
+            time.sleep(0)
+        else:
+            time.sleep(self._sleep_seconds)
+            self._sleep_seconds = min(2 * self._sleep_seconds, _LONGEST_SLEEP_SECONDS)
+
+
+class ProgressEngine:
+    """Advances the operations of all communicators of this process that share `lock`."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self.lock = lock
+        # Appending to a deque is atomic, so starting an operation never waits for the lock.
+        self._inbox: deque[tuple[Operation, deque[Operation] | None]] = deque()
+        self._channels: list[deque[Operation]] = []
+        self._messages: list[Operation] = []
+        self._state = threading.Condition()
+        self._drivers = 0
+        self._users = 0
+        self._thread: threading.Thread | None = None
+
+    def open_channel(self) -> deque[Operation]:
+        """Return a new first-in, first-out queue, for the collectives of one communicator."""
+        channel: deque[Operation] = deque()
+        with self.lock:
+            self._channels.append(channel)
+        with self._state:
+            self._users += 1
+            if self._thread is None:
+                # The interpreter's 5 ms turn would keep messages waiting longer than a whole training step takes.
+                sys.setswitchinterval(min(sys.getswitchinterval(), _GIL_SWITCH_SECONDS))
+                self._thread = threading.Thread(target=self._run, name="allreduce-progress", daemon=True)
+                self._thread.start()
+        return channel
+
+    def close_channel(self, channel: deque[Operation]) -> None:
+        """Forget a channel; with the last one the progress thread ends."""
+        with self.lock:
+            self._channels = [other for other in self._channels if other is not channel]
+        with self._state:
+            self._users -= 1
+            thread = self._thread if self._users == 0 else None
+            if thread is not None:
+                self._thread = None
+            self._state.notify_all()
+        if thread is not None:
+            thread.join(_CLOSE_SECONDS)
+
+    def submit(self, operation: Operation, channel: deque[Operation] | None) -> None:
+        """Queue an operation, in a channel or (None) beside them, and start it at once if nobody holds the lock."""
+        self._inbox.append((operation, channel))
+        if self.lock.acquire(blocking=False):
+            try:
+                self._advance()
+            finally:
+                self.lock.release()
+        if not operation.finished:
+            with self._state:
+                self._state.notify()
+
+    def drive(self, operation: Operation, deadline_seconds: float) -> bool:
+        """Advance everything until `operation` has ended or the clock passes the deadline; say whether it ended."""
+        backoff = Backoff()
+        with self._state:
+            self._drivers += 1
+        try:
+            while not operation.finished:
+                left = deadline_seconds - time.perf_counter()
+                if left <= 0 or not self.lock.acquire(timeout=left):
+                    return False
+                try:
+                    moved = self._advance()
+                finally:
+                    self.lock.release()
+                if not operation.finished:
+                    backoff.pause(moved)
+        finally:
+            with self._state:
+                self._drivers -= 1
+                if self._busy():
+                    self._state.notify()
+        return True
+
+    def _run(self) -> None:
+        current = threading.current_thread()
+        while True:
+            with self._state:
+                while self._thread is current and (self._drivers > 0 or not self._busy()):
+                    self._state.wait()
+                if self._thread is not current:
+                    return
+            backoff = Backoff()
+            while self._thread is current and self._drivers == 0 and self._busy():
+                with self.lock:
+                    moved = self._advance()
+                backoff.pause(moved)
+
+    def _busy(self) -> bool:
+        return bool(self._inbox or self._messages or any(self._channels))
+
+    def _advance(self) -> bool:
+        """Give every operation that may run a turn; say whether anything moved. The lock is held."""
+        moved = False
+        while self._inbox:
+            operation, channel = self._inbox.popleft()
+            (self._messages if channel is None else channel).append(operation)
+        for channel in self._channels:
+            while channel:
+                moved |= channel[0].advance()
+                if not channel[0].finished:
+                    break
+                channel.popleft()
+        if self._messages:
+            for message in self._messages:
+                moved |= message.advance()
+            self._messages = [message for message in self._messages if not message.finished]
+        return moved

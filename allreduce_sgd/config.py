@@ -1,0 +1,206 @@
+"""The configuration of a run: the option dataclasses of all parts, composed, checked and written as TOML.
+
+Option names are unique over all groups, so that they are flat on the command line and in TOML. Imports no torch.
+"""
+
+import dataclasses
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import tomli_w
+
+from allreduce_sgd.comm.options import CommunicationOptions
+from allreduce_sgd.data.options import DataOptions
+from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.gradients.options import GradientOptions
+from allreduce_sgd.models.options import ModelOptions
+from allreduce_sgd.optim.options import OptimizerOptions
+from allreduce_sgd.options import option
+from allreduce_sgd.strategies.options import StrategyOptions
+
+__all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "config_from", "options", "to_toml"]
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    epochs: int | None = option(None, "passes over the training set; not set: 20, or until --steps", minimum=1)
+    steps: int | None = option(None, "optimizer steps, instead of --epochs", minimum=1)
+    batch_size: int | None = option(None, "samples per rank, step and accumulation round; not set: 32", minimum=1)
+    global_batch_size: int | None = option(
+        None,
+        "samples of all ranks per step, instead of --batch-size: the same training on any number of ranks",
+        minimum=1,
+    )
+    accumulate: int = option(1, "rounds of forward and backward per optimizer step", minimum=1)
+    precision: str = option(
+        "fp32", "fp32, or bf16: automatic mixed precision, parameters and gradients stay fp32", choices=PRECISIONS
+    )
+    target_accuracy: float | None = option(
+        None, "stop when an evaluation reaches this test accuracy (a fraction)", above=0, maximum=1
+    )
+    target_loss: float | None = option(None, "stop when an evaluation reaches this test loss")
+    evaluate_every: int | None = option(None, "steps between two evaluations; not set: one per epoch", minimum=1)
+    seed: int = option(0, "seed of the initial model, the sample order and dropout", minimum=0)
+    device: str = option("auto", "auto, cpu, cuda (this rank's own GPU) or cuda:K", metavar="DEVICE")
+    threads: int | None = option(
+        None, "compute threads per rank; not set: OMP_NUM_THREADS, or the node's cores divided by its ranks", minimum=1
+    )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    output: str | None = option(
+        None, "folder of this run's results, new or empty; not set: runs/<time>-<name>", metavar="DIR"
+    )
+    resume: str | None = option(
+        None,
+        "go on from the latest checkpoint of this run's folder (or from one of its checkpoints' folders), with its "
+        "configuration; results go on in the same folder, or start a new one with --output",
+        metavar="DIR",
+    )
+    checkpoint_every: int | None = option(None, "steps between two checkpoints; not set: one at the end", minimum=1)
+    keep_checkpoints: int = option(3, "how many of the latest checkpoints to keep", minimum=1)
+    log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1)
+    tensorboard: bool = option(False, "write TensorBoard event files too (needs the package tensorboard)")
+
+
+@dataclass(frozen=True)
+class Config:
+    data: DataOptions = field(default_factory=DataOptions, metadata={"title": "data"})
+    model: ModelOptions = field(default_factory=ModelOptions, metadata={"title": "model and loss"})
+    training: TrainingOptions = field(default_factory=TrainingOptions, metadata={"title": "training"})
+    optimizer: OptimizerOptions = field(default_factory=OptimizerOptions, metadata={"title": "optimizer"})
+    strategy: StrategyOptions = field(default_factory=StrategyOptions, metadata={"title": "distribution strategy"})
+    communication: CommunicationOptions = field(
+        default_factory=CommunicationOptions, metadata={"title": "communication"}
+    )
+    gradients: GradientOptions = field(default_factory=GradientOptions, metadata={"title": "gradient buckets"})
+    run: RunOptions = field(default_factory=RunOptions, metadata={"title": "results and checkpoints"})
+
+    def flat(self) -> dict[str, Any]:
+        """Return all options by their kebab-case names."""
+        return {each.name: getattr(getattr(self, each.group), each.name.replace("-", "_")) for each in options()}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option as the command line and TOML see it."""
+
+    name: str
+    group: str
+    title: str
+    kind: type
+    optional: bool
+    default: Any
+    help: str
+    choices: tuple[str, ...] | None
+    minimum: float | None
+    above: float | None
+    maximum: float | None
+    metavar: str | None
+
+    def check(self, value: Any, source: str) -> Any:
+        """Return `value` as this option's type, or raise ConfigError that names the source, the value and the rule."""
+        where = f"{source}: " if source else ""
+        name = f"--{self.name}" if not source else self.name
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not self.kind:
+            raise ConfigError(f"{where}{name}: {value!r} is not {_ARTICLES[self.kind]}")
+        if self.choices is not None:
+            if value.lower() not in self.choices:
+                raise ConfigError(f"{where}{name}: unknown value {value!r}; choose from {', '.join(self.choices)}")
+            return value.lower()
+        if self.kind in (int, float) and not self._in_range(value):
+            raise ConfigError(f"{where}{name}: {value} is out of range; {self._range()}")
+        if self.kind is str and ("\n" in value or not value.strip()):
+            raise ConfigError(f"{where}{name}: {value!r} is not a line of text")
+        return value
+
+    def _in_range(self, value: float) -> bool:
+        return (
+            value == value
+            and abs(value) != float("inf")
+            and (self.minimum is None or value >= self.minimum)
+            and (self.above is None or value > self.above)
+            and (self.maximum is None or value <= self.maximum)
+        )
+
+    def _range(self) -> str:
+        rules = []
+        if self.minimum is not None:
+            rules.append(f"at least {self.minimum:g}")
+        if self.above is not None:
+            rules.append(f"more than {self.above:g}")
+        if self.maximum is not None:
+            rules.append(f"at most {self.maximum:g}")
+        return "it must be " + (" and ".join(rules) or "finite")
+
+
+_ARTICLES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def options() -> Iterator[Option]:
+    """Yield every option, in the order of `--help`."""
+    for group in dataclasses.fields(Config):
+        kind = typing.cast(type, group.type)
+        hints = typing.get_type_hints(kind)
+        for each in dataclasses.fields(kind):
+            hint = hints[each.name]
+            optional = isinstance(hint, types.UnionType)
+            base = next(part for part in typing.get_args(hint) if part is not type(None)) if optional else hint
+            yield Option(
+                each.name.replace("_", "-"),
+                group.name,
+                group.metadata["title"],
+                base,
+                optional,
+                each.default,
+                **each.metadata,
+            )
+
+
+def config_from(values: Mapping[str, Any]) -> Config:
+    """Build the configuration from already checked values by option name; what is missing takes its default.
+
+    Raises ConfigError where options contradict each other.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for each in options():
+        if each.name in values:
+            groups.setdefault(each.group, {})[each.name.replace("-", "_")] = values[each.name]
+    built = {
+        group.name: typing.cast(type, group.type)(**groups.get(group.name, {})) for group in dataclasses.fields(Config)
+    }
+    config = Config(**built)
+    for first, second in (("epochs", "steps"), ("batch-size", "global-batch-size")):
+        if config.flat()[first] is not None and config.flat()[second] is not None:
+            raise ConfigError(f"--{first} and --{second}: give one of the two, not both")
+    return config
+
+
+def to_toml(config: Config) -> str:
+    """Return the complete configuration as TOML that `--config` reads back to an equal one.
+
+    What is not set, and the folders of this one run (`output`, `resume`), stand as comments, so that the file can be
+    run again.
+    """
+    lines: list[str] = []
+    title = None
+    for each, value in zip(options(), config.flat().values(), strict=True):
+        if each.title != title:
+            lines += ["", f"# {each.title}"]
+            title = each.title
+        if value is None:
+            lines.append(f"# {each.name} is not set")
+            continue
+        line = tomli_w.dumps({each.name: value}).rstrip("\n")
+        lines.append(f"# {line}" if each.name in ("output", "resume") else line)
+    return "\n".join(lines[1:]) + "\n"

@@ -1,0 +1,51 @@
+"""Where a data set's files are, and reading them whole, plain or gzip-compressed."""
+
+import gzip
+import os
+from pathlib import Path
+
+from allreduce_sgd.data.options import DataOptions
+from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.user_code import refusing
+
+__all__ = ["data_folder", "find_file", "named_file", "read_file"]
+
+
+def data_folder(options: DataOptions) -> Path:
+    """The folder of the data set's files: `data_dir`, or the user's cache; it need not exist."""
+    if options.data_dir is not None:
+        return Path(os.path.expanduser(options.data_dir))
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "allreduce_sgd" / options.dataset.lower()
+
+
+def find_file(folder: Path, name: str) -> Path | None:
+    """The path of `name`, or else of `name`.gz, in `folder`; None if neither is a file."""
+    # os.path rather than pathlib: a folder that may not be searched is the same as one without the file.
+    return next((path for path in (folder / name, folder / f"{name}.gz") if os.path.isfile(path)), None)
+
+
+def named_file(options: DataOptions, name: str) -> Path:
+    """The file of `--dataset npz:NAME` or `text:NAME`: as given, or else relative to `data_dir`.
+
+    Raises:
+        ConfigError: there is no such file.
+    """
+    places = [Path(os.path.expanduser(name))]
+    if options.data_dir is not None:
+        places.append(data_folder(options) / name)
+    for place in places:
+        if name and os.path.isfile(place):
+            return place
+    raise ConfigError(f"--dataset {options.dataset}: no such file: {' or '.join(map(str, places))}")
+
+
+def read_file(path: Path) -> bytes:
+    """The content of `path`, decompressed if its name ends in .gz.
+
+    Raises:
+        ConfigError: the file cannot be read, or its compression is damaged.
+    """
+    with refusing(f"{path}: cannot be read"):
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content

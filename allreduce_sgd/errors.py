@@ -1,0 +1,29 @@
+"""The exceptions of the package, so that callers can tell a user's mistake from a failure of the network."""
+
+__all__ = ["CheckpointError", "CommunicationError", "CommunicationTimeout", "ConfigError", "MismatchError"]
+
+
+class ConfigError(Exception):
+    """Bad input: a flag, a file or an environment. The text is one line that names it, the value and what is allowed.
+
+    The command line turns it into that one line on standard error and exit status 2, without a traceback. `rank` is
+    the rank that prints it, where ranks have agreed on one, else None.
+    """
+
+    rank: int | None = None
+
+
+class CommunicationError(RuntimeError):
+    """Ranks could not exchange data: a peer is gone, a transfer failed, or the communicator is closed."""
+
+
+class CommunicationTimeout(CommunicationError):
+    """A wait passed its deadline; the text names the operation, the rank and the seconds waited."""
+
+
+class MismatchError(CommunicationError):
+    """Ranks disagree about something that must be equal on all of them; the text names it and the ranks."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written on some rank; the text names the rank, the folder and the reason."""

@@ -1,0 +1,1 @@
+"""The gradient engine: buckets of gradients, reduced while back-propagation is still running."""

@@ -1,0 +1,1 @@
+"""Optimizers by their torch.optim names, and learning-rate schedules."""

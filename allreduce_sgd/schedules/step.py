@@ -1,0 +1,38 @@
+"""The unit of every schedule: one step of one rank, and how a buffer is cut into chunks."""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+__all__ = ["NOTHING", "Schedule", "Step", "chunk"]
+
+NOTHING = slice(0, 0)
+
+
+class Step(NamedTuple):
+    """What one rank does at once: its send and its receive are posted together and both end before the next step.
+
+    Slices count elements of the buffer. `reduce` says whether what arrives is combined into `recv` or overwrites it.
+    A step whose slice is empty moves no message: sender and receiver both see the same length.
+    """
+
+    send_to: int | None
+    send: slice
+    recv_from: int | None
+    recv: slice
+    reduce: bool
+
+
+Schedule = Callable[[int, int, int], Iterator[Step]]
+"""(rank, size, length) -> the steps of that rank."""
+
+
+def chunk(length: int, parts: int, index: int) -> slice:
+    """Return chunk `index` (taken modulo `parts`) of `length` elements cut into `parts` contiguous chunks.
+
+    Chunks differ by at most one element; the first `length % parts` are the longer ones, and some are empty where
+    `length < parts`.
+    """
+    index %= parts
+    base, longer = divmod(length, parts)
+    start = index * base + min(index, longer)
+    return slice(start, start + base + (index < longer))

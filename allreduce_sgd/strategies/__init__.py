@@ -1,0 +1,1 @@
+"""Ways to distribute SGD: one file per family of methods, one interface (`base`)."""

@@ -1,0 +1,117 @@
+"""The interface of every way to distribute SGD, and what they have in common.
+
+The methods are one mechanism with different entries: an anchored, possibly late, exchange. Rank i holds parameters x_i
+and an anchor z; every H steps it exchanges a signal, and merges the outcome. For signals that are gradients z *is* x
+(`synchronous.py`); for signals z - x the mechanism stands in `anchored.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from allreduce_sgd.comm.base import Communicator
+from allreduce_sgd.optim.build import needs_closure
+
+__all__ = ["Share", "Strategy", "restored", "zero_loss"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This rank's part of one global mini-batch.
+
+    `losses` holds a function per micro-batch: given the model, it runs the forward pass and returns the micro-batch's
+    part of the share's mean loss, so that the parts of one share sum to the mean over its `samples`. It is empty where
+    the rank has no samples. `global_samples` counts the samples of all ranks.
+    """
+
+    losses: Sequence[Callable[[nn.Module], Tensor]]
+    samples: int
+    global_samples: int
+
+    @property
+    def weight(self) -> float:
+        """The share's part of the global mini-batch: the mean over all samples is the sum of weight times mean."""
+        return self.samples / self.global_samples
+
+
+class Strategy(ABC):
+    """Trains `model` together with the same strategy on all other ranks of `comm`.
+
+    All ranks construct it together; `step`, `consensus` and `finish` must be called by all.
+    """
+
+    name: str
+    """The name of the method, as `--strategy` spells it."""
+    consensus_kind: str
+    """What the consensus model is, for the summary."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, comm: Communicator, clip_norm: float | None
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.comm = comm
+        self.clip_norm = clip_norm
+
+    @abstractmethod
+    def step(self, share: Share) -> None:
+        """Take one optimizer step with this rank's share of a global mini-batch."""
+
+    @abstractmethod
+    def consensus(self) -> AbstractContextManager[None]:
+        """Return a context within which `model` holds the consensus of all ranks, which evaluation must use."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Leave `model` with the consensus for good: the end of training."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what only this rank has, beside model and optimizer: tensors, numbers, strings, lists, dicts."""
+        return {"buffers": {name: value.detach() for name, value in self.model.named_buffers()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`, after model and optimizer have been loaded."""
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state["buffers"][name])
+
+    def restart(self) -> None:
+        """Go on from a consensus model just loaded where ranks have no saved state of their own to load."""
+
+    def _apply(self, gradients: Callable[[], Tensor]) -> None:
+        """Run `gradients`, which fills `.grad` and returns the loss, clip, and take the optimizer's step."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad(set_to_none=True)
+            loss = gradients()
+            if self.clip_norm is not None:
+                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            return loss
+
+        if needs_closure(self.optimizer):
+            self.optimizer.step(closure)  # type: ignore[arg-type]  # LBFGS takes a Tensor's value by float()
+        else:
+            closure()
+            self.optimizer.step()
+
+
+def zero_loss(model: nn.Module) -> Tensor:
+    """Return a zero on the model's device: the loss of a rank without samples."""
+    return torch.zeros((), device=next(model.parameters()).device)
+
+
+@contextmanager
+def restored(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Give the tensors their present values back when the context ends."""
+    kept = [(tensor, tensor.detach().clone()) for tensor in tensors]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)

@@ -1,0 +1,235 @@
+"""Who am I: rank, size, node, local rank, launcher, device and threads of this process.
+
+Rank and size come from MPI's world communicator and the node from `Split_type(COMM_TYPE_SHARED)`, never from a
+scheduler's variables: under `mpirun` inside one SLURM node every rank sees SLURM_PROCID=0. The variables serve for one
+thing, to notice that a launcher started several ranks which MPI does not connect (the wrong launcher or `--mpi=` type
+starts N separate runs, each of size one, with status 0), and that is refused.
+
+Importing `mpi4py.MPI` initialises MPI, so it happens inside `discover`, and only where a launcher is at work.
+"""
+
+import itertools
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from allreduce_sgd.errors import CommunicationTimeout, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Topology", "announced_size", "discover", "launcher_rank"]
+
+T = TypeVar("T")
+
+# The launchers' own words come first: inside a SLURM allocation SLURM_STEP_NUM_TASKS may describe an outer step.
+_LAUNCHERS = (
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("MPICH", "PMI_SIZE", "PMI_RANK"),
+)
+_SLURM = ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Where this process stands among the ranks of the job.
+
+    `world` is mpi4py's COMM_WORLD, or None where the process runs alone; `mpi_lock` is the lock under which one thread
+    at a time calls MPI.
+    """
+
+    rank: int = 0
+    size: int = 1
+    node: int = 0
+    nodes: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    cores: int = 1
+    host: str = "localhost"
+    launcher: str = "none"
+    world: Any = None
+    mpi_lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    timeout_seconds: float = 300.0
+
+    def describe(self) -> str:
+        return f"rank {self.rank} of {self.size} on {self.host}"
+
+    def agree(self, function: Callable[[], T]) -> T:
+        """Call `function` and return its result, unless it raised ConfigError on any rank; then raise that on all.
+
+        All ranks must call. The error raised is the one of the lowest rank that has one, with `rank` set, so that
+        one rank can print it and all can end alike.
+        """
+        result: T | None = None
+        error: str | None = None
+        try:
+            result = function()
+        except ConfigError as problem:
+            error = str(problem)
+        for rank, text in enumerate(self.gather_all(error)):
+            if text is not None:
+                agreed = ConfigError(text)
+                agreed.rank = rank
+                raise agreed
+        return result  # type: ignore[return-value]  # no error here, so function returned a T
+
+    def broadcast(self, value: T) -> T:
+        """Return rank 0's `value`, which must be picklable, on every rank. All ranks must call."""
+        return self.gather_all(value if self.rank == 0 else None)[0]  # type: ignore[return-value]  # rank 0's
+
+    def gather_all(self, value: T) -> list[T]:
+        """Return the picklable `value` of every rank, in rank order. All ranks must call.
+
+        Polls without burning the core, and raises CommunicationTimeout past `timeout_seconds`.
+        """
+        if self.world is None:
+            return [value]
+        data = bytearray(pickle.dumps(value))
+        lengths = array("q", [0] * self.size)
+        self._poll(lambda: self.world.Iallgather(array("q", [len(data)]), lengths))
+        everyone = bytearray(sum(lengths))
+        self._poll(lambda: self.world.Iallgatherv(data, [everyone, lengths.tolist()]))
+        ends = list(itertools.accumulate(lengths))
+        return [pickle.loads(everyone[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
+
+    def _poll(self, start: Callable[[], Any]) -> None:
+        deadline_seconds = time.monotonic() + self.timeout_seconds
+        with self.mpi_lock:
+            request = start()
+        pause_seconds = 0.0001
+        while True:
+            with self.mpi_lock:
+                if request.Test():
+                    return
+            if time.monotonic() > deadline_seconds:
+                raise CommunicationTimeout(
+                    f"{self.describe()}: the other ranks did not come to agree within {self.timeout_seconds:g} s"
+                )
+            time.sleep(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, 0.01)
+
+    def abort(self, status: int) -> NoReturn:
+        """End all ranks of the job at once, with this exit status where the launcher passes it on."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self.world is not None and self.size > 1:
+            # Without the lock: another thread may be stuck inside MPI holding it, and nothing comes after this call.
+            self.world.Abort(status)
+        os._exit(status)
+
+    def choose_device(self, requested: str = "auto") -> "torch.device":
+        """Return this rank's device for `--device requested`: auto, cpu, cuda or cuda:K.
+
+        `auto` and `cuda` take cuda:local_rank where several GPUs are visible and cuda:0 where one is (a scheduler that
+        binds GPUs shows each rank its own as number 0). `auto` falls back to the CPU. Raises ConfigError.
+        """
+        import torch
+
+        kind, _, index = requested.lower().partition(":")
+        if kind not in ("auto", "cpu", "cuda") or (index and (kind != "cuda" or not index.isdecimal())):
+            raise ConfigError(f"--device: unknown device {requested!r}; choose auto, cpu, cuda or cuda:K")
+        visible = torch.cuda.device_count() if kind != "cpu" and torch.cuda.is_available() else 0
+        if kind == "cpu" or (kind == "auto" and visible == 0):
+            return torch.device("cpu")
+        chosen = int(index) if index else (self.local_rank % visible if visible > 1 else 0)
+        if chosen >= visible:
+            raise ConfigError(f"--device {requested}: rank {self.rank} on {self.host} sees {visible} CUDA devices")
+        return torch.device("cuda", chosen)
+
+    def threads_per_rank(self) -> int:
+        """Return how many compute threads this rank may use: OMP_NUM_THREADS if set, else its share of the cores."""
+        asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        if asked.isdecimal() and int(asked) > 0:
+            return int(asked)
+        return max(1, min(self.cores // self.local_size, len(os.sched_getaffinity(0))))
+
+
+def announced_size(environment: Mapping[str, str]) -> tuple[str, int] | None:
+    """Return (launcher, number of ranks) as the innermost launcher announced them, or None without a launcher.
+
+    Where two MPI launchers are nested, nothing tells which is the inner one, so the smaller number counts: it
+    never refuses a run that was started rightly.
+    """
+    words = [(name, _number(environment, size)) for name, size, _ in _LAUNCHERS]
+    found = [(name, size) for name, size in words if size is not None]
+    if found:
+        return min(found, key=lambda word: word[1])
+    steps = _number(environment, _SLURM[1])
+    return None if steps is None else (_SLURM[0], steps)
+
+
+def launcher_rank(environment: Mapping[str, str]) -> int:
+    """Return the rank that the launcher announced, 0 without one: for what is said before MPI is up (`--help`)."""
+    for _, size, rank in (*_LAUNCHERS, _SLURM):
+        if _number(environment, size) is not None:
+            return _number(environment, rank) or 0
+    return 0
+
+
+def discover(
+    environment: Mapping[str, str] = os.environ, need_mpi: bool = False, timeout_seconds: float = 300.0
+) -> Topology:
+    """Find this process's place. All ranks must call, once, before any communicator is made.
+
+    Initialises MPI where a launcher is at work or `need_mpi` asks for it. Raises ConfigError where MPI is needed and
+    cannot be loaded, or where the launcher started several ranks and MPI sees one.
+    """
+    host = socket.gethostname()
+    cores = len(os.sched_getaffinity(0))
+    announced = announced_size(environment)
+    if announced is None and not need_mpi:
+        return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as problem:
+        if not need_mpi and announced is not None and announced[1] == 1:
+            return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
+        why = " ".join(str(problem).split())
+        raise ConfigError(
+            f"MPI cannot be loaded ({why}); install mpi4py and an MPI library, e.g. pip install mpi4py mpich"
+        ) from problem
+    world = MPI.COMM_WORLD
+    launcher, size = announced or ("none", 1)
+    if world.Get_size() == 1 and size > 1:
+        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+        raise ConfigError(
+            f"{launcher} started {size} ranks ({_variable(launcher)}={size}), but MPI ({library}) sees one: start with "
+            f"the mpirun or mpiexec of that MPI library, or with srun's matching --mpi= type (pmi2 for MPICH, pmix for "
+            f"Open MPI)"
+        )
+    node_comm = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.Get_rank())
+    leaders = world.allgather(node_comm.bcast(world.Get_rank(), root=0))
+    nodes = sorted(set(leaders))
+    # Launchers may bind each rank to one core, so the node's cores are the union over its ranks.
+    available = set().union(*node_comm.allgather(os.sched_getaffinity(0)))
+    topology = Topology(
+        rank=world.Get_rank(),
+        size=world.Get_size(),
+        node=nodes.index(leaders[world.Get_rank()]),
+        nodes=len(nodes),
+        local_rank=node_comm.Get_rank(),
+        local_size=node_comm.Get_size(),
+        cores=len(available),
+        host=host,
+        launcher=launcher,
+        world=world,
+        timeout_seconds=timeout_seconds,
+    )
+    node_comm.Free()
+    return topology
+
+
+def _number(environment: Mapping[str, str], name: str) -> int | None:
+    text = environment.get(name, "")
+    return int(text) if text.isdecimal() else None
+
+
+def _variable(launcher: str) -> str:
+    return next(size for name, size, _ in (*_LAUNCHERS, _SLURM) if name == launcher)

@@ -1,0 +1,277 @@
+"""`python -m allreduce_sgd.train`: parse, build, fit.
+
+Every rank runs this. Whatever can fail through bad input runs under `Topology.agree`, so that a mistake seen by one
+rank ends all of them alike: one line from one rank, exit status 2.
+"""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allreduce_sgd.command_line import parse
+from allreduce_sgd.config import Config
+from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.failure import install_excepthooks
+from allreduce_sgd.run_folder import claim
+from allreduce_sgd.topology import Topology, discover, launcher_rank
+
+if TYPE_CHECKING:
+    from allreduce_sgd.checkpoint import Checkpoint
+    from allreduce_sgd.data.split import Dataset
+    from allreduce_sgd.metrics import MetricsLog
+    from allreduce_sgd.trainer import Trainer
+
+__all__ = ["main", "run"]
+
+_DOWNLOAD_SECONDS = 30.0
+
+_CHANGEABLE_ON_RESUME = frozenset(
+    "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
+    "tensorboard backend algorithm bucket-mb first-bucket-mb timeout-seconds device threads data-dir".split()
+)
+
+
+def run() -> int:
+    """Run the command line and return the exit status: the entry point of `allreduce-sgd`."""
+    return main(sys.argv[1:])
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Train as the arguments say, and return the exit status: 0 done, 2 bad arguments or configuration.
+
+    All ranks must call with the same arguments. Failures of other kinds raise; under a launcher they end all ranks.
+    """
+    quiet = open(os.devnull, "w") if launcher_rank(os.environ) > 0 else contextlib.nullcontext(sys.stdout)  # noqa: SIM115
+    config: Config | None = None
+    explicit: frozenset[str] = frozenset()
+    mistake: ConfigError | None = None
+    try:
+        # Every rank parses, but only one prints --help.
+        with quiet as out, contextlib.redirect_stdout(out):
+            config, explicit = parse(arguments)
+    except ConfigError as problem:
+        mistake = problem
+    try:
+        need_mpi = config is not None and config.communication.backend == "mpi"
+        timeout_seconds = config.communication.timeout_seconds if config is not None else 60.0
+        topology = discover(need_mpi=need_mpi, timeout_seconds=timeout_seconds)
+    except ConfigError as problem:
+        if launcher_rank(os.environ) == 0:
+            _complain(mistake or problem)
+        return 2
+    install_excepthooks(topology)
+    try:
+        config = topology.agree(lambda: _parsed(config, mistake))
+        _train(topology, config, explicit)
+    except ConfigError as problem:
+        if problem.rank is None and topology.size > 1:
+            raise
+        if problem.rank in (None, topology.rank):
+            _complain(problem)
+        return 2
+    return 0
+
+
+def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
+    if config is None:
+        raise mistake or ConfigError("no configuration")
+    return config
+
+
+def _complain(problem: ConfigError) -> None:
+    print(f"allreduce-sgd: error: {problem}", file=sys.stderr, flush=True)
+
+
+def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> None:
+    import torch
+
+    from allreduce_sgd.comm.factory import connect
+    from allreduce_sgd.data.registry import load_dataset
+    from allreduce_sgd.data.sampling import EpochSampler
+    from allreduce_sgd.metrics import write_json
+    from allreduce_sgd.models.losses import build_loss
+    from allreduce_sgd.models.registry import build_model
+    from allreduce_sgd.optim.build import build_optimizer
+    from allreduce_sgd.optim.schedule import build_schedule
+    from allreduce_sgd.strategies.build import build_strategy
+    from allreduce_sgd.trainer import Trainer
+
+    _check_same_configuration(topology, config)
+    checkpoint = topology.agree(lambda: _find_checkpoint(config))
+    saved = {} if checkpoint is None else topology.agree(checkpoint.shared)
+    if checkpoint is not None:
+        config = topology.agree(
+            lambda: _resumed_config(config, explicit, saved, checkpoint.world_size == topology.size)
+        )
+    torch.set_num_threads(config.training.threads or topology.threads_per_rank())
+    device = topology.agree(lambda: topology.choose_device(config.training.device))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _download(topology, config)
+    dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
+    batch = topology.agree(lambda: _global_batch_size(config, topology, dataset, saved))
+    sampler = EpochSampler(len(dataset.train), batch, config.training.seed)
+    total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
+    torch.manual_seed(config.training.seed)
+    loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
+    model = topology.agree(
+        lambda: build_model(config.model, dataset.input_shape, dataset.classes, config.training.seed, dataset.kind)
+    ).to(device)
+    if topology.rank > 0:
+        # Rank 0 goes on with the generator that built the model, as a serial program does; the others draw their own.
+        torch.manual_seed(config.training.seed + 1_000_003 * topology.rank)
+    optimizer = topology.agree(lambda: build_optimizer(config.optimizer, model.parameters()))
+    comm = topology.agree(lambda: connect(topology, device, config.communication))
+    try:
+        claimed = topology.agree(
+            lambda: claim(config, topology.size, saved.get("step", 0)) if topology.rank == 0 else None
+        )
+        folder = Path(topology.broadcast(str(claimed)))
+        log = topology.agree(lambda: _open_log(topology, config, folder))
+        with log or contextlib.nullcontext():
+            strategy = build_strategy(
+                config.strategy, config.gradients, config.optimizer.clip_norm, model, optimizer, comm
+            )
+            schedule = build_schedule(config.optimizer, optimizer, total_steps)
+            trainer = Trainer(
+                config, comm, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log
+            )
+            if checkpoint is not None:
+                own = None
+                if checkpoint.world_size == topology.size:
+                    own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
+                trainer.load_state_dict(saved, own)
+                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}")
+            _announce(topology, config, trainer, folder)
+            summary = trainer.fit()
+            if topology.rank == 0:
+                write_json(folder / "summary.json", summary)
+                _conclude(summary, folder)
+    finally:
+        if sys.exc_info()[0] is None:
+            comm.close()
+
+
+def _check_same_configuration(topology: Topology, config: Config) -> None:
+    """Refuse to train where ranks were given different flags or files."""
+    views = topology.gather_all(config.flat())
+    for rank, theirs in enumerate(views):
+        for name, value in theirs.items():
+            if value != views[0][name]:
+                error = ConfigError(f"--{name}: rank 0 has {views[0][name]!r}, but rank {rank} has {value!r}")
+                error.rank = 0
+                raise error
+
+
+def _find_checkpoint(config: Config) -> "Checkpoint | None":
+    from allreduce_sgd.checkpoint import find
+
+    return None if config.run.resume is None else find(Path(config.run.resume))
+
+
+def _resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, Any], same_size: bool) -> Config:
+    before, now = saved["configuration"], config.flat()
+    for name in sorted(explicit - _CHANGEABLE_ON_RESUME):
+        if before.get(name) != now[name]:
+            raise ConfigError(
+                f"--{name} {now[name]}: the run being resumed has {before.get(name)}; start a new run to change it"
+            )
+    if same_size and "algorithm" not in explicit and saved["algorithm"] is not None:
+        communication = dataclasses.replace(config.communication, algorithm=saved["algorithm"])
+        return dataclasses.replace(config, communication=communication)
+    return config
+
+
+def _download(topology: Topology, config: Config) -> None:
+    """Have one rank of each node fetch the data set's missing files, while the others wait."""
+    from allreduce_sgd.data.fetch import fetch, missing_files
+    from allreduce_sgd.data.files import data_folder
+
+    missing = topology.agree(lambda: missing_files(config.data))
+    if any(topology.gather_all(bool(missing))):
+        leader = topology.local_rank == 0
+
+        def fetch_missing() -> None:
+            if leader and missing:
+                show = topology.rank == 0 and sys.stderr.isatty()
+                fetch(missing, data_folder(config.data), show, _DOWNLOAD_SECONDS)
+
+        topology.agree(fetch_missing)
+
+
+def _global_batch_size(config: Config, topology: Topology, dataset: "Dataset", saved: dict[str, Any]) -> int:
+    samples, options = len(dataset.train), config.training
+    if topology.size > samples:
+        raise ConfigError(
+            f"--dataset {dataset.name}: {topology.size} ranks share {samples} training samples; start fewer"
+        )
+    if saved:
+        return int(saved["global_batch_size"])
+    if options.global_batch_size is not None:
+        flag, size = f"--global-batch-size {options.global_batch_size}", options.global_batch_size
+    else:
+        per_rank = options.batch_size or 32
+        flag, size = f"--batch-size {per_rank}", per_rank * topology.size * options.accumulate
+    if size > samples:
+        raise ConfigError(
+            f"{flag}: the mini-batch of {topology.size} ranks has {size} samples, more than the {samples} training "
+            f"samples of {dataset.name}"
+        )
+    return size
+
+
+def _open_log(topology: Topology, config: Config, folder: Path) -> "MetricsLog | None":
+    from allreduce_sgd.metrics import MetricsLog
+
+    return MetricsLog(folder, config.run.tensorboard) if topology.rank == 0 else None
+
+
+def _say(topology: Topology, text: str) -> None:
+    if topology.rank == 0:
+        print(text, flush=True)
+
+
+def _announce(topology: Topology, config: Config, trainer: "Trainer", folder: Path) -> None:
+    dataset, model = trainer.dataset, trainer.strategy.model
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    algorithm = f" {trainer.comm.algorithm}" if trainer.comm.algorithm else ""
+    ranks = f"{topology.size} rank{'s' if topology.size > 1 else ''} on {topology.nodes} node{'s' if topology.nodes > 1 else ''}"
+    _say(
+        topology,
+        f"{ranks}, {trainer.device}, {torch_threads()} thread(s) each, {trainer.comm.backend}{algorithm}, "
+        f"strategy {trainer.strategy.name}\n"
+        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
+        f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
+        f"mini-batch {trainer.sampler.global_batch_size}; {trainer.total_steps:,} steps\n"
+        f"results in {folder}",
+    )
+
+
+def torch_threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _conclude(summary: dict[str, Any], folder: Path) -> None:
+    accuracy = summary["test_accuracy"]
+    result = f"test loss {summary['test_loss']:.4f}" if accuracy is None else f"test accuracy {100 * accuracy:.2f} %"
+    print(
+        f"{result} after {summary['steps']} steps, {summary['train_seconds']:.2f} s of training "
+        f"({summary['samples_per_second']:,.0f} samples/s, "
+        f"{summary['exposed_communication_seconds']:.2f} s waiting for communication)",
+        flush=True,
+    )
+    targets = [summary[name] for name in ("target_accuracy", "target_loss") if summary[name] is not None]
+    if targets:
+        reached = "reached" if summary["reached_target"] else "not reached"
+        print(f"target {', '.join(map(str, targets))} {reached}", flush=True)
+    print(f"summary: {folder / 'summary.json'}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run())
