@@ -36,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser: a flag per option, grouped as the option dataclasses are."""
     parser = _Parser(
         prog="allreduce-sgd",
+        usage="mpirun -np N python -m allreduce_sgd.train [--config FILE] [options]",
         description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -131,12 +132,12 @@ def _unknown_flag(flag: str, known: Mapping[str, Option]) -> str:
     if not flag.startswith("--"):
         return f"unexpected argument {flag!r}; options are written --name value (see --help)"
     name = flag[2:].split("=")[0]
-    return f"unknown flag --{name}{_suggestion(name, known)}"
+    return f"unknown flag --{name}{_suggestion(name, known, '--')}"
 
 
-def _suggestion(name: str, known: Mapping[str, Option]) -> str:
+def _suggestion(name: str, known: Mapping[str, Option], dashes: str = "") -> str:
     close = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {close[0]}?" if close else "; --help lists all of them"
+    return f"; did you mean {dashes}{close[0]}?" if close else "; --help lists all of them"
 
 
 def _version() -> str:

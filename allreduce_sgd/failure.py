@@ -20,6 +20,7 @@ __all__ = ["INTERRUPTED", "install_excepthooks"]
 INTERRUPTED = 130
 _PEER_DELAY_SECONDS = 0.3
 _CONSEQUENCE_DELAY_SECONDS = 1.5
+_FORWARDING_SECONDS = 0.3
 
 
 def install_excepthooks(topology: Topology) -> None:
@@ -31,15 +32,19 @@ def install_excepthooks(topology: Topology) -> None:
         # A second failing thread waits here for ever: the first one ends the process.
         reporting.acquire()
         where = topology.describe() + (f", thread {thread}" if thread else "")
+        status = 1
         if isinstance(error, KeyboardInterrupt):
             _say(f"{where}: interrupted")
-            topology.abort(INTERRUPTED)
-        if isinstance(error, ConfigError):
+            status = INTERRUPTED
+        elif isinstance(error, ConfigError):
             _say(f"{where}: {error}")
-            topology.abort(2)
-        _say(f"{where}: {type(error).__name__}: {error}")
-        _say("".join(traceback.format_exception(type(error), error, trace)).rstrip())
-        topology.abort(1)
+            status = 2
+        else:
+            _say(f"{where}: {type(error).__name__}: {error}")
+            _say("".join(traceback.format_exception(type(error), error, trace)).rstrip())
+        # Launchers drop what a rank wrote last if it aborts before they have read it.
+        time.sleep(_FORWARDING_SECONDS)
+        topology.abort(status)
 
     def in_main(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         report(error, trace, None)
@@ -58,4 +63,5 @@ def _delay_seconds(error: BaseException, topology: Topology) -> float:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    # torch.distributed wraps the excepthook and collects sys.stderr while ours runs, which ends the process.
+    print(text, file=sys.__stderr__ or sys.stderr, flush=True)

@@ -15,9 +15,11 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from allreduce_sgd.errors import CommunicationTimeout, ConfigError
@@ -187,7 +189,10 @@ def discover(
     if announced is None and not need_mpi:
         return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            # mpi4py too suspects a wrong launcher; what we say about it below is one line, and tells what to do.
+            warnings.filterwarnings("ignore", "suspicious MPI execution environment")
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as problem:
         if not need_mpi and announced is not None and announced[1] == 1:
             return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
@@ -198,13 +203,14 @@ def discover(
     world = MPI.COMM_WORLD
     launcher, size = announced or ("none", 1)
     if world.Get_size() == 1 and size > 1:
-        library = MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ")
+        library = " ".join(MPI.Get_library_version().split("\n")[0].split(",")[0].strip("\0 ").split())
         raise ConfigError(
             f"{launcher} started {size} ranks ({_variable(launcher)}={size}), but MPI ({library}) sees one: start with "
             f"the mpirun or mpiexec of that MPI library, or with srun's matching --mpi= type (pmi2 for MPICH, pmix for "
             f"Open MPI)"
         )
     node_comm = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.Get_rank())
+    _unlink_shared_memory(node_comm)
     leaders = world.allgather(node_comm.bcast(world.Get_rank(), root=0))
     nodes = sorted(set(leaders))
     # Launchers may bind each rank to one core, so the node's cores are the union over its ranks.
@@ -224,6 +230,20 @@ def discover(
     )
     node_comm.Free()
     return topology
+
+
+def _unlink_shared_memory(node_comm: Any) -> None:
+    """Take the names of MPICH's shared-memory files away once all ranks of the node have mapped them.
+
+    A mapped file without a name lives as long as a process uses it, so a killed job leaves nothing in /dev/shm.
+    """
+    node_comm.Barrier()
+    if node_comm.Get_rank() == 0 and Path("/proc/self/maps").exists():
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            name = line.split(maxsplit=5)[-1]
+            if name.startswith("/dev/shm/mpich_shm_"):
+                Path(name).unlink(missing_ok=True)
+    node_comm.Barrier()
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

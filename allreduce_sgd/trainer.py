@@ -19,7 +19,7 @@ from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import EpochSampler, evaluation_share, share
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.display import Display, number
-from allreduce_sgd.gradients.replicate import parameters_sha256
+from allreduce_sgd.gradients.replicate import common_sha256
 from allreduce_sgd.metrics import MetricsLog, Tally, Totals
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.random_state import random_state, restore_random_state
@@ -283,5 +283,5 @@ class Trainer:
             "samples_per_second": self.samples / max(train_seconds, 1e-9),
             **communication,
             "seed": self.config.training.seed,
-            "parameters_sha256": parameters_sha256(self.strategy.model),
+            "parameters_sha256": common_sha256(self.strategy.model, self.comm),
         }

@@ -46,7 +46,8 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
         raise ConfigError(f"--backend {backend}: this build of torch has no {backend}; choose mpi or another back end")
     timeout = timedelta(seconds=timeout_seconds)
     if dist.is_initialized():
-        return TorchCommunicator(dist.new_group(timeout=timeout), backend, timeout_seconds, owns_default=False)
+        everyone = list(range(dist.get_world_size()))
+        return TorchCommunicator(dist.new_group(timeout=timeout), everyone, backend, timeout_seconds)
     store_timeout = timedelta(seconds=min(_STORE_SECONDS, timeout_seconds))
     address = topology.agree(lambda: _own_address() if topology.rank == 0 and topology.nodes > 1 else "127.0.0.1")
     store: dist.Store | None = None
@@ -57,24 +58,28 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
         store = dist.TCPStore(where[0], where[1], topology.size, False, store_timeout)
     kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(kinds, store=store, rank=topology.rank, world_size=topology.size, timeout=timeout)
-    return TorchCommunicator(None, backend, timeout_seconds, owns_default=True)
+    return TorchCommunicator(None, list(range(topology.size)), backend, timeout_seconds)
 
 
 class TorchCommunicator:
-    """A communicator over a torch.distributed process group (None: the default group)."""
+    """A communicator over a torch.distributed process group; None is the default group, which `close` destroys.
+
+    `members` are the ranks of the default group that belong to it, in the order of our ranks (torch itself sorts the
+    ranks of a group).
+    """
 
     algorithm = None
 
     def __init__(
-        self, group: dist.ProcessGroup | None, backend: str, timeout_seconds: float, owns_default: bool
+        self, group: dist.ProcessGroup | None, members: list[int], backend: str, timeout_seconds: float
     ) -> None:
         self.backend = backend
         self.timeout_seconds = timeout_seconds
         self.traffic = Traffic(bytes_sent=None)
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank = members.index(dist.get_rank())
+        self.size = len(members)
         self._group = group
-        self._owns_default = owns_default
+        self._members = members
         self._open = True
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -113,7 +118,7 @@ class TorchCommunicator:
         def start() -> list[dist.Work]:
             # Chunks may differ in length, which torch's all_gather does not take: each rank broadcasts its own.
             works = (
-                dist.broadcast(view, self._global(root), self._group, async_op=True)
+                dist.broadcast(view, self._members[root], self._group, async_op=True)
                 for root, view in enumerate(views)
                 if view.numel()
             )
@@ -128,7 +133,7 @@ class TorchCommunicator:
             return FinishedWork(data)
         view = _bytes_of(data)
         return self._start(
-            "broadcast", data, lambda: [dist.broadcast(view, self._global(root), self._group, async_op=True)]
+            "broadcast", data, lambda: [dist.broadcast(view, self._members[root], self._group, async_op=True)]
         )
 
     def barrier(self) -> Work:
@@ -141,7 +146,7 @@ class TorchCommunicator:
         data = self._admit(buffer, "send")
         view = _bytes_of(data)
         return self._start(
-            f"send to rank {to} (tag {tag})", data, lambda: [dist.isend(view, self._global(to), self._group, tag)]
+            f"send to rank {to} (tag {tag})", data, lambda: [dist.isend(view, self._members[to], self._group, tag)]
         )
 
     def receive(self, buffer: Tensor, source: int | None = None, tag: int = 0) -> Work:
@@ -149,21 +154,20 @@ class TorchCommunicator:
             self._check_peer(source, "receive: source")
         data = self._admit(buffer, "receive")
         view = _bytes_of(data)
-        peer = None if source is None else self._global(source)
+        peer = None if source is None else self._members[source]
         name = f"receive from {'any rank' if source is None else f'rank {source}'} (tag {tag})"
         return self._start(name, data, lambda: [dist.irecv(view, peer, self._group, tag)])
 
     def split(self, color: int, key: int = 0) -> "TorchCommunicator":
         mine = torch.zeros(self.size, 3, dtype=torch.int64)
-        mine[self.rank] = torch.tensor([color, key, dist.get_rank()])
+        mine[self.rank] = torch.tensor([color, key, self._members[self.rank]])
         table = self.all_reduce(mine).wait().tolist()
         timeout = timedelta(seconds=self.timeout_seconds)
-        part = None
-        for each in sorted({row[0] for row in table}):
-            ranks = [row[2] for row in sorted((row for row in table if row[0] == each), key=lambda row: row[1])]
-            group = dist.new_group(ranks, timeout=timeout, use_local_synchronization=True) if color == each else None
-            part = group or part
-        return TorchCommunicator(part, self.backend, self.timeout_seconds, owns_default=False)
+        rows = sorted((row for row in table if row[0] == color), key=lambda row: row[1])
+        members = [row[2] for row in rows]
+        # Only the members of each part come together: torch would otherwise have all ranks make all parts.
+        group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        return TorchCommunicator(group, members, self.backend, self.timeout_seconds)
 
     def abort(self, why: str) -> NoReturn:
         print(f"rank {self.rank} of {self.size}: {why}", file=sys.stderr, flush=True)
@@ -174,8 +178,7 @@ class TorchCommunicator:
             return
         self.barrier().wait()
         self._open = False
-        if self._owns_default or self._group is not None:
-            dist.destroy_process_group(self._group)
+        dist.destroy_process_group(self._group)
 
     def _admit(self, buffer: Tensor, operation: str) -> Tensor:
         if not self._open:
@@ -185,9 +188,6 @@ class TorchCommunicator:
     def _check_peer(self, rank: int, what: str) -> None:
         if not 0 <= rank < self.size:
             raise ValueError(f"{what}: rank {rank} is outside 0..{self.size - 1}")
-
-    def _global(self, rank: int) -> int:
-        return rank if self._group is None else dist.get_global_rank(self._group, rank)
 
     def _start(
         self,

@@ -29,7 +29,8 @@ def check_samples(
     not simply 0..n-1.
 
     Raises:
-        ConfigError: lengths differ, a value is NaN or Inf, a target's type does not fit, or it is outside the classes.
+        ConfigError: there are none, lengths differ, a value is NaN or Inf, or a target is of the wrong type or outside
+            the classes.
     """
 
     def index(position: int) -> int:
@@ -37,6 +38,8 @@ def check_samples(
 
     if inputs.ndim == 0 or targets.ndim == 0 or len(inputs) != len(targets):
         raise ConfigError(f"{where}: inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in length")
+    if len(inputs) == 0:
+        raise ConfigError(f"{where}: the split is empty; at least one sample is needed")
     for role, values in (("inputs", inputs), ("targets", targets)):
         position = _first_not_finite(values)
         if position is not None:

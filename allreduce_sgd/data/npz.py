@@ -52,7 +52,8 @@ def _read(path: Path) -> list[np.ndarray]:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
                     return [archive[name] for name in names]
-            found = ", ".join(archive.files) or "none"
+            # repr, since a damaged archive may name an array with a line break.
+            found = ", ".join(map(repr, archive.files)) or "none"
     wanted = " or ".join(", ".join(names) for names in _NAMES)
     raise ConfigError(f"{path}: its arrays are {found}; expected {wanted}")
 

@@ -126,11 +126,11 @@ class Dataset:
             where = f"data set {self.name}, {part} split"
             if isinstance(split, Split):
                 check_samples(where, split.inputs, split.targets, self.classes)
-            if len(split) == 0:
-                raise ConfigError(f"{where}: the split is empty; at least one sample is needed")
             shape = tuple(_nothing(split)[0].shape[1:])
             if shape != self.input_shape:
                 raise ConfigError(f"{where}: inputs have the shape {shape}; expected {self.input_shape}")
+            if 0 in shape:
+                raise ConfigError(f"{where}: inputs have the shape {shape}; every dimension must be at least 1")
 
     @property
     def kind(self) -> Literal["features", "tokens"]:

@@ -10,7 +10,9 @@ the file, which a single damaged byte can make tens of gigabytes.
 
 import io
 import pickle
-from typing import Any
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -71,6 +73,20 @@ _ALLOWED: tuple[tuple[tuple[str, ...], str, Any], ...] = (
 
 
 class _Unpickler(pickle._Unpickler):
+    # The base class sets both in `load`.
+    read: Callable[[int], bytes]
+    append: Callable[[object], None]
+
+    def _load_bytearray(self) -> None:
+        # The inherited one allocates the announced length, however large, before it reads.
+        announced_bytes = int.from_bytes(self.read(8), "little")
+        content = self.read(min(announced_bytes, sys.maxsize))
+        if len(content) != announced_bytes:
+            raise pickle.UnpicklingError("truncated")
+        self.append(bytearray(content))
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+
     def find_class(self, module: str, name: str) -> Any:
         for modules, allowed, stand_in in _ALLOWED:
             if module in modules and name == allowed:

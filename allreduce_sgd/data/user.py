@@ -46,8 +46,6 @@ def load_user(options: DataOptions) -> Dataset:
         pair if isinstance(pair, Split) else MapSplit(where, pair, classes)
         for (where, _), pair in zip(parts, pairs, strict=True)
     )
-    if len(train) == 0:
-        raise ConfigError(f"{parts[0][0]}: the split is empty; at least one sample is needed")
     return Dataset(options.dataset, train, test, _input_shape(train), classes)
 
 

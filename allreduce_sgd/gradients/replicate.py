@@ -11,7 +11,7 @@ from allreduce_sgd.comm.base import Communicator, ReduceOp
 from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.errors import MismatchError
 
-__all__ = ["average_buffers", "broadcast_tensors", "check_same_model", "parameters_sha256"]
+__all__ = ["average_buffers", "broadcast_tensors", "check_same_model", "common_sha256", "parameters_sha256"]
 
 _CHUNK_BYTES = 32 * 2**20
 
@@ -66,6 +66,17 @@ def parameters_sha256(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def common_sha256(module: nn.Module, comm: Communicator) -> str:
+    """Return `parameters_sha256`, or raise MismatchError unless it is the same on all ranks. All ranks must call."""
+    views: dict[str, list[int]] = {}
+    for rank, digest in enumerate(all_gather_object(comm, parameters_sha256(module))):
+        views.setdefault(digest, []).append(rank)
+    if len(views) > 1:
+        told = "; ".join(f"{_ranks(ranks)}: {digest[:12]}" for digest, ranks in views.items())
+        raise MismatchError(f"the final parameters differ between ranks (SHA-256 {told})")
+    return next(iter(views))
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[str, str, Tensor]]:

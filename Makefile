@@ -1,0 +1,48 @@
+# Everything runs in .venv, which is made on first use; `make` alone lists the targets.
+PYTHON ?= python3
+N ?= 2
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run)
+
+# Whatever environment the user works in, the tools must find the modules of .venv and only those.
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help train test lint bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+train: $(READY) ## train on N ranks (N=2) with the flags in ARGS, e.g. make train N=4 ARGS="--strategy local"
+	$(BIN)/mpirun -np $(N) $(BIN)/python -m allreduce_sgd.train $(ARGS)
+
+test: lint ## check style, types and scripts, then run all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY) ## check style (ruff), types (mypy) and shell scripts (shellcheck)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck --external-sources $(SCRIPTS)
+
+bench: $(READY) ## measure step time and time to accuracy on N ranks (N=2)
+	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time $(ARGS)
+	$(BIN)/python -m benchmarks.time_to_accuracy $(ARGS)
+
+clean: ## remove .venv, caches and build output; runs/ stays
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --clear: what an older list of requirements left behind must not make the newer one pass.
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "allreduce_sgd needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Setting up .venv"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[mpich,report,dev]'
+	@touch $@

@@ -1,0 +1,74 @@
+"""Command lines of the benchmarks: every mistake is a ConfigError of one line that names the flag."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from allreduce_sgd.errors import ConfigError
+
+__all__ = ["Parser", "check_writable", "fraction", "names", "positive_int", "positive_ints", "positive_numbers"]
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises ConfigError and takes no abbreviated flags."""
+
+    def __init__(self, program: str, description: str) -> None:
+        super().__init__(
+            prog=f"python -m benchmarks.{program}",
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(" ".join(message.split()).removeprefix("argument "))
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def positive_ints(text: str) -> tuple[int, ...]:
+    """Numbers separated by commas, in ascending order and without repetition."""
+    return tuple(sorted({positive_int(part.strip()) for part in text.split(",")}))
+
+
+def positive_numbers(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas, in ascending order and without repetition."""
+    return tuple(sorted({_positive_number(part.strip()) for part in text.split(",")}))
+
+
+def fraction(text: str) -> float:
+    number = _positive_number(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1")
+    return number
+
+
+def names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """Return the names, separated by commas, in the order given. Raises ConfigError for one that is not `known`."""
+    given = tuple(dict.fromkeys(part.strip().lower() for part in text.split(",")))
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"{flag}: unknown value {name!r}; choose from {', '.join(known)}")
+    return given
+
+
+def check_writable(flag: str, path: Path | None) -> None:
+    """Raise ConfigError where the file's folder does not exist: better before an hour of measuring than after it."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
+
+
+def _positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (0 < number < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number

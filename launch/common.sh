@@ -1,0 +1,128 @@
+# shellcheck shell=bash disable=SC2034
+# Functions of the scripts in launch/ and slurm/, to be sourced; some leave their result in a variable.
+# Environment that all of these scripts read:
+#   MPIRUN   the mpirun to use; else the one on PATH, else the one of this tree's .venv
+#   PYTHON   the Python of the ranks; else that of the virtual environment which mpirun belongs to, else python3
+#   PROGRAM  what Python runs, in words (default: -m allreduce_sgd.train), e.g. PROGRAM="my_script.py"
+
+settings=() # NAME=value, for --dry-run to print what set_default exported
+options=()  # of mpirun
+
+die() {
+    echo "${0##*/}: $*" >&2
+    exit 2
+}
+
+print_header() { # FILE: its opening comment is its documentation
+    sed -n '2,/^[^#]/{/^#/s/^# \{0,1\}//p;}' "$1"
+}
+
+# The user's own value stays: sites know their machines better than these scripts do.
+set_default() { # NAME VALUE
+    [[ -v $1 ]] && return
+    export "$1=$2"
+    settings+=("$1=$2")
+}
+
+require_count() { # FLAG VALUE
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || die "$1 wants a whole number of at least 1, got '$2'"
+}
+
+find_mpirun() { # TREE: sets mpirun to a path, or fails
+    if [[ -n ${MPIRUN:-} ]]; then
+        mpirun=$(type -P "$MPIRUN") || die "MPIRUN=$MPIRUN is not a program"
+    elif ! mpirun=$(type -P mpirun); then
+        mpirun=$1/.venv/bin/mpirun
+        [[ -x $mpirun ]] || die "no mpirun on PATH: install MPI, activate an environment that has it, or set MPIRUN"
+    fi
+    # Open MPI and MPICH find their own daemons on other hosts by the path that they were started with.
+    [[ $mpirun == /* ]] || mpirun=$PWD/$mpirun
+}
+
+find_python() { # MPIRUN or '': sets python
+    local beside=${1%/*}
+    if [[ -n ${PYTHON:-} ]]; then
+        python=$(type -P "$PYTHON") || die "PYTHON=$PYTHON is not a program"
+    # Only in a virtual environment: beside a system's mpirun stands the system's python, not the active one.
+    elif [[ -n $1 && -f $beside/../pyvenv.cfg && -x $beside/python ]]; then
+        python=$beside/python
+    else
+        python=$(type -P python3) || die "no python3 on PATH: set PYTHON"
+    fi
+}
+
+find_program() { # sets program
+    read -ra program <<<"${PROGRAM:--m allreduce_sgd.train}"
+}
+
+mpi_kind() { # TEXT of a version banner: prints openmpi, mpich or other
+    case $1 in
+        *"Open MPI"* | *OpenRTE*) echo openmpi ;;
+        *MPICH* | *HYDRA*) echo mpich ;;
+        *) echo other ;;
+    esac
+}
+
+use_interface() { # KIND (local: messages of MPI stay on this machine) INTERFACE
+    set_default GLOO_SOCKET_IFNAME "$2"
+    set_default NCCL_SOCKET_IFNAME "$2"
+    case $1 in
+        openmpi)
+            # pml ob1: other transports choose their network themselves and would pass over this one.
+            set_default OMPI_MCA_pml ob1
+            set_default OMPI_MCA_btl_tcp_if_include "$2"
+            set_default PRTE_MCA_prte_if_include "$2"  # Open MPI 5
+            set_default OMPI_MCA_oob_tcp_if_include "$2" # Open MPI 4
+            ;;
+        mpich)
+            # UCX finds other ways than the named network on its own (InfiniBand; between containers of one machine even
+            # shared memory), so it is held to TCP. Ranks of one node keep the shared memory of MPICH itself (ch4);
+            # only an MPICH built or run without it (MPIR_CVAR_NOLOCAL) would go through TCP there too. Where the
+            # interface belongs to an RDMA network, set UCX_TLS yourself, e.g. UCX_TLS=rc,sm,self.
+            set_default UCX_TLS tcp,self
+            set_default UCX_NET_DEVICES "$2"
+            ;;
+    esac
+}
+
+# Ranks of a trainer have several threads each (compute, communication), so no rank is bound to one core. Which cores a
+# job may use at all is the scheduler's business; how many threads a rank starts is the program's (OMP_NUM_THREADS).
+local_options() { # KIND OVERSUBSCRIBED(0|1)
+    case $1 in
+        openmpi)
+            options+=(--bind-to none)
+            # Without ofi the start takes a second less; messages of ob1 do not use it.
+            set_default OMPI_MCA_btl ^ofi
+            if [[ $(id -u) == 0 ]]; then
+                set_default OMPI_ALLOW_RUN_AS_ROOT 1
+                set_default OMPI_ALLOW_RUN_AS_ROOT_CONFIRM 1
+            fi
+            if [[ $2 == 1 ]]; then
+                options+=(--map-by slot:OVERSUBSCRIBE)
+                set_default OMPI_MCA_mpi_yield_when_idle 1
+            fi
+            ;;
+        mpich) options+=(-bind-to none) ;;
+    esac
+}
+
+forward_environment() { # KIND: Open MPI hands other hosts only what it is told to; MPICH hands over everything
+    [[ $1 == openmpi ]] || return 0
+    local name
+    local wanted='^(CUDA_|GLOO_|KMP_|MKL_|MPI4PY_|NCCL_|OMP_|OPENBLAS_|PYTHON|TORCH|UCX_|ALLREDUCE_SGD_|PATH$|LD_LIBRARY_PATH$)'
+    for name in $(compgen -e); do
+        [[ $name =~ $wanted ]] && options+=(-x "$name")
+    done
+    return 0
+}
+
+execute() { # DRY_RUN(0|1) COMMAND...: becomes the command, so that signals and the exit status are the command's own
+    local dry_run=$1
+    shift
+    if [[ $dry_run == 1 ]]; then
+        printf '%q ' "${settings[@]}" "$@"
+        echo
+        exit 0
+    fi
+    exec "$@"
+}

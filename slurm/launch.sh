@@ -1,0 +1,101 @@
+# shellcheck shell=bash
+# What slurm/*.sbatch share: sourced inside a job, after `home` was set to the tree; run_job starts the ranks.
+
+# shellcheck source=launch/common.sh
+source "${home:?}/launch/common.sh"
+
+mpi_library() { # prints openmpi, mpich or other: what the ranks will load, whatever mpirun happens to be on PATH
+    mpi_kind "$("$python" -c 'import mpi4py; mpi4py.rc.initialize = False
+from mpi4py import MPI; print(MPI.Get_library_version().strip("\0"))' 2>/dev/null)"
+}
+
+# Tried, since srun --mpi=list also names plugins that cannot load their library (Debian's pmix without libpmix.so).
+srun_has() { # PLUGIN
+    srun --mpi="$1" --nodes=1 --ntasks=1 true >/dev/null 2>&1
+}
+
+# A wrong pair (srun --mpi=pmi2 with Open MPI, --mpi=none with MPICH) does not fail: it starts N runs of one rank each.
+choose_launch() { # KIND: prints mpirun, pmix or pmi2
+    case ${LAUNCH:-} in
+        mpirun | pmix | pmi2) echo "$LAUNCH" ;;
+        '')
+            if [[ $1 == openmpi ]] && srun_has pmix; then
+                echo pmix
+            elif [[ $1 == mpich ]] && srun_has pmi2; then
+                echo pmi2
+            else
+                echo mpirun
+            fi
+            ;;
+        *) die "LAUNCH must be mpirun, pmix or pmi2, got '$LAUNCH'" ;;
+    esac
+}
+
+# A requeued job runs this script again with the same arguments, so it is told to continue what it finds.
+choose_output() { # ARGUMENTS...: sets output
+    local folder=${OUTPUT:-runs/slurm-$SLURM_JOB_ID} word
+    output=()
+    for word in "$@"; do
+        [[ $word != --output && $word != --output=* && $word != --resume && $word != --resume=* ]] || return 0
+    done
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -d $folder ]]; then
+        output=(--resume "$folder")
+    else
+        output=(--output "$folder")
+    fi
+}
+
+# The shell has to stay, unlike in launch/: SLURM gives its warning to the shell (--signal=B:), since Open MPI's daemons,
+# which get it without the B:, die of it. mpirun and srun pass it on to the ranks.
+run_and_forward_signals() { # COMMAND...: returns its status
+    "$@" &
+    local child=$! status
+    # shellcheck disable=SC2064 # the child is known now
+    trap "kill -USR1 $child 2>/dev/null" USR1
+    # shellcheck disable=SC2064
+    trap "kill -TERM $child 2>/dev/null" TERM
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        # A trapped signal ends `wait` early, with the child still running.
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - USR1 TERM
+    return "$status"
+}
+
+run_job() { # ARGUMENTS...
+    local mpirun='' python program output kind launch ranks status=0
+    ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
+    mpirun=$(find_mpirun "$home" 2>/dev/null && echo "$mpirun") || mpirun=
+    find_python "$mpirun"
+    find_program
+    kind=$(mpi_library)
+    launch=$(choose_launch "$kind") || exit
+    choose_output "$@"
+    [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || set_default OMP_NUM_THREADS "$SLURM_CPUS_PER_TASK"
+    [[ -z ${INTERFACE:-} ]] || use_interface "$kind" "$INTERFACE"
+
+    local command=()
+    if [[ $launch == mpirun ]]; then
+        find_mpirun "$home"
+        local_options "$kind" 0
+        [[ -z ${INTERFACE:-} || $kind != mpich ]] || options+=(-iface "$INTERFACE")
+        forward_environment "$kind"
+        command=("$mpirun" -np "$ranks" "${options[@]}")
+    else
+        [[ $kind != openmpi ]] || set_default OMPI_MCA_btl ^ofi
+        # srun does not take --cpus-per-task from the job (since SLURM 22.05), and a dead rank must not leave the others.
+        command=(srun "--mpi=$launch" --ntasks "$ranks" --kill-on-bad-exit=1)
+        [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
+    fi
+    command+=("$python" "${program[@]}" "$@" "${output[@]}")
+
+    echo "$SLURM_JOB_NUM_NODES node(s), $ranks rank(s): ${command[*]}"
+    run_and_forward_signals "${command[@]}" || status=$?
+    # 75: the program saved a checkpoint because of the warning.
+    if ((status == 75)) && ((${#output[@]})); then
+        scontrol requeue "$SLURM_JOB_ID" || true
+    fi
+    return "$status"
+}

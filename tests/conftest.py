@@ -1,0 +1,25 @@
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets, one subfolder each."""
+    default = Path(__file__).parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("ALLREDUCE_SGD_TEST_DATA", default))
+    if not folder.is_dir():
+        pytest.skip(f"no real data in {folder}; set ALLREDUCE_SGD_TEST_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _hooks_of_this_process() -> Iterator[None]:
+    """Put back what a run within the test's own process installs for its whole life."""
+    hooks = sys.excepthook, threading.excepthook
+    yield
+    sys.excepthook, threading.excepthook = hooks

@@ -1,0 +1,173 @@
+"""The batch scripts of slurm/ on a real SLURM, with a tiny program in the place of the trainer."""
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.requirements import require_slurm
+from tests.launch.slurm_cluster import Job, SlurmCluster
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+ONE_NODE = "slurm/one_node.sbatch"
+MANY_NODES = "slurm/many_nodes.sbatch"
+
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.root,
+    pytest.mark.skipif(not (BIN / "mpirun").exists(), reason="the environment brings no mpirun (pip install mpich)"),
+]
+
+RANKS = """\
+import os, sys
+from mpi4py import MPI
+
+nodes = MPI.COMM_WORLD.allgather(os.environ["SLURMD_NODENAME"])
+if MPI.COMM_WORLD.rank == 0:
+    threads = os.environ["OMP_NUM_THREADS"]
+    print(f"size={len(nodes)} nodes={','.join(sorted(set(nodes)))} threads={threads} arguments={sys.argv[1:]}")
+"""
+
+FAILURE = """\
+import sys
+from mpi4py import MPI
+
+sys.exit(3 if MPI.COMM_WORLD.rank == 1 else 0)
+"""
+
+# The first time it waits for the warning and "saves", as a trainer would; the second time it "resumes".
+PREEMPTED = """\
+import pathlib, signal, sys, time
+from mpi4py import MPI
+
+rank, flag, folder = MPI.COMM_WORLD.rank, sys.argv[-2], pathlib.Path(sys.argv[-1])
+if flag == "--resume":
+    print(f"rank {rank} resumed", flush=True)
+    sys.exit(0)
+warned = []
+signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
+if rank == 0:
+    folder.mkdir(parents=True)
+MPI.COMM_WORLD.Barrier()
+print(f"rank {rank} runs", flush=True)
+deadline = time.monotonic() + 60
+while not warned and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(f"rank {rank} warned", flush=True)
+sys.exit(75)
+"""
+
+
+def environment(launch: str, program: Path) -> dict[str, str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "SLURM_", "PMI"))}
+    return {
+        **clean,
+        "ALLREDUCE_SGD_HOME": str(ROOT),
+        "LAUNCH": launch,
+        "MPIRUN": str(BIN / "mpirun"),
+        "PROGRAM": str(program),
+    }
+
+
+def submit(cluster: SlurmCluster, folder: Path, launch: str, source: str, *arguments: str) -> Job:
+    program = folder / "program.py"
+    program.write_text(source)
+    return cluster.run(
+        [word if not word.startswith("slurm/") else str(ROOT / word) for word in arguments],
+        folder=folder,
+        environment=environment(launch, program),
+    )
+
+
+@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
+def test_one_node(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
+    job = submit(slurm, tmp_path, launch, RANKS, ONE_NODE, "--epochs", "2")
+    assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
+    assert "size=2 nodes=n1 threads=1" in job.output
+    assert f"arguments=['--epochs', '2', '--output', 'runs/slurm-{job.number}']" in job.output
+
+
+def test_mpich_is_started_by_pmi2(slurm: SlurmCluster, tmp_path: Path) -> None:
+    job = submit(slurm, tmp_path, "", RANKS, ONE_NODE)
+    assert job.state == "COMPLETED", job.output
+    assert "srun --mpi=pmi2" in job.output
+    assert "size=2 " in job.output
+
+
+def test_cpus_per_task_become_threads(slurm: SlurmCluster, tmp_path: Path) -> None:
+    options = ["--ntasks-per-node=1", "--cpus-per-task=2"]
+    job = submit(slurm, tmp_path, "pmi2", RANKS, *options, ONE_NODE, "--output", "mine")
+    assert "size=1 nodes=n1 threads=2 arguments=['--output', 'mine']" in job.output
+
+
+@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
+def test_many_nodes(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
+    job = submit(slurm, tmp_path, launch, RANKS, "--ntasks-per-node=1", MANY_NODES)
+    assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
+    assert "size=2 nodes=n1,n2" in job.output
+
+
+@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
+@pytest.mark.parametrize("script", [ONE_NODE, MANY_NODES])
+def test_failure_is_the_jobs(slurm: SlurmCluster, tmp_path: Path, script: str, launch: str) -> None:
+    job = submit(slurm, tmp_path, launch, FAILURE, "--ntasks-per-node=2", script)
+    assert (job.state, job.exit_status) == ("FAILED", 3), job.output
+
+
+@pytest.mark.parametrize(
+    ("launch", "options", "named"),
+    [("pmi3", [ONE_NODE], "pmi3"), ("mpirun", ["--nodes=2", "--ntasks-per-node=1", ONE_NODE], "many_nodes.sbatch")],
+)
+def test_bad_requests(slurm: SlurmCluster, tmp_path: Path, launch: str, options: list[str], named: str) -> None:
+    job = submit(slurm, tmp_path, launch, RANKS, *options)
+    assert (job.state, job.exit_status) == ("FAILED", 2)
+    assert len(job.output.splitlines()) == 1, job.output
+    assert named in job.output
+
+
+@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
+def test_preempted_job_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PREEMPTED)
+    number = slurm.submit([str(ROOT / ONE_NODE)], folder=tmp_path, environment=environment(launch, program))
+    output = tmp_path / f"job-{number}.out"
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and not (output.exists() and output.read_text().count(" runs\n") == 2):
+        time.sleep(0.1)
+    # What SLURM does by itself before the time limit, which is too coarse to wait for in a test.
+    slurm.command("scancel", "--batch", "--signal=USR1", str(number))
+    job = slurm.wait(number, tmp_path)
+    assert job.state == "COMPLETED", job.output
+    for rank in range(2):
+        assert f"rank {rank} warned" in job.output
+        assert f"rank {rank} resumed" in job.output
+    assert re.search(rf"--resume runs/slurm-{number}\b", job.output)
+
+
+def test_cluster_leaves_nothing_behind() -> None:
+    require_slurm()
+    with pytest.raises(KeyboardInterrupt), SlurmCluster(nodes=1) as cluster:  # noqa: PT012
+        configuration = cluster.environment["SLURM_CONF"]
+        folder = Path(configuration).parent
+        cluster.submit(["--ntasks=1", "--wrap=srun sleep 600"], folder=folder)
+        raise KeyboardInterrupt
+    assert not folder.exists()
+    assert not [process for process in psutil.process_iter() if configuration in words_of(process)]
+
+
+def words_of(process: psutil.Process) -> str:
+    try:
+        return " ".join([*process.cmdline(), process.environ().get("SLURM_CONF", "")])
+    except psutil.Error:
+        return ""
+
+
+def test_two_clusters_at_once(slurm: SlurmCluster) -> None:
+    with SlurmCluster(nodes=1) as second:
+        assert second.command("sinfo", "-h", "-N", "-o", "%N").split() == ["n1"]
+        assert slurm.command("sinfo", "-h", "-N", "-o", "%N").split() == ["n1", "n2"]

@@ -1,0 +1,117 @@
+"""Models and data sets that tests name as `tests.parts:function` on the command line."""
+
+import os
+import threading
+import time
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def _rank() -> int:
+    return int(os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK") or 0)
+
+
+class _Slow(nn.Module):
+    """Random states, running statistics, and time for a test to kill it between two steps."""
+
+    def __init__(self, features: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Flatten(), nn.Linear(features, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, classes)
+        )
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.training:
+            time.sleep(float(os.environ.get("TEST_STEP_SECONDS", "0")))
+        return self.body(inputs)
+
+
+def slow_model(input_shape: tuple[int, ...], classes: int) -> nn.Module:
+    return _Slow(int(np.prod(input_shape)), classes)
+
+
+def not_a_module(classes: int) -> object:
+    return [classes]
+
+
+def raising_model() -> nn.Module:
+    raise KeyError("no such layer")
+
+
+class _Failing(nn.Module):
+    def __init__(self, features: int, classes: int, in_thread: bool, everywhere: bool) -> None:
+        super().__init__()
+        self.layer = nn.Linear(features, classes)
+        self.steps = 0
+        self.in_thread = in_thread
+        self.everywhere = everywhere
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps == 3 and (_rank() == 1 or self.everywhere):
+            if self.in_thread:
+                threading.Thread(target=self._fail, name="reader").start()
+            else:
+                self._fail()
+        return self.layer(inputs.flatten(1))
+
+    def _fail(self) -> None:
+        raise ArithmeticError("the third step went wrong")
+
+
+def fails_on_rank_1(classes: int) -> nn.Module:
+    return _Failing(64, classes, in_thread=False, everywhere=False)
+
+
+def fails_in_thread_of_rank_1(classes: int) -> nn.Module:
+    return _Failing(64, classes, in_thread=True, everywhere=False)
+
+
+def fails_everywhere(classes: int) -> nn.Module:
+    return _Failing(64, classes, in_thread=False, everywhere=True)
+
+
+class _SilentRank(nn.Module):
+    """Rank 1 stops taking part after two steps."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, classes)
+        self.steps = 0
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.steps += 1
+        if self.steps == 3 and _rank() == 1:
+            time.sleep(60)
+        return self.layer(inputs.flatten(1))
+
+
+def silent_rank(classes: int) -> nn.Module:
+    return _SilentRank(classes)
+
+
+def forgetful_model(classes: int) -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes))
+    model.register_parameter("forgotten", nn.Parameter(torch.ones(2)))
+    return model
+
+
+def nan_data() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    inputs, targets = torch.ones(40, 4), torch.zeros(40, dtype=torch.int64)
+    inputs[17, 2] = float("nan")
+    return (inputs, targets), (torch.ones(4, 4), torch.zeros(4, dtype=torch.int64))
+
+
+def three_samples() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    part = (torch.eye(3), torch.arange(3))
+    return part, part
+
+
+def course_samples() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Linear regression y = 2 a - b + noise, 101 samples: an odd number, so that shares are uneven."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(101, 2, generator=generator)
+    targets = 2 * inputs[:, 0] - inputs[:, 1] + 0.1 * torch.randn(101, generator=generator)
+    return (inputs, targets), (inputs[:31], targets[:31])

@@ -1,0 +1,114 @@
+"""Every mistake of a user ends all ranks with exit status 2 and one line on standard error, and leaves nothing behind."""
+
+from pathlib import Path
+
+import pytest
+
+from allreduce_sgd.train import main
+from tests.launching import mpirun, python
+
+TRAIN = ["-m", "allreduce_sgd.train"]
+
+CASES = [
+    (["--modle", "mlp"], "unknown flag --modle"),
+    (["--lr", "fast"], "--lr: 'fast' is not a number"),
+    (["--strategy", "magic"], "--strategy: unknown value 'magic'; choose from"),
+    (["--config", "{tmp}/bad.toml"], "is not valid TOML"),
+    (["--config", "{tmp}/none.toml"], "--config: cannot read {tmp}/none.toml"),
+    (["--dataset", "imagenet"], "--dataset imagenet: unknown"),
+    (["--dataset", "mnist", "--data-dir", "{tmp}/none"], "train-images-idx3-ubyte"),
+    (["--dataset", "npz:{tmp}/none.npz"], "none.npz"),
+    (["--dataset", "tests.parts:nan_data"], "sample 17"),
+    (["--dataset", "tests.parts:missing"], "missing"),
+    (["--model", "transformer"], "--model transformer: unknown"),
+    (["--model", "tests.parts:not_a_module"], "--model tests.parts:not_a_module"),
+    (["--model", "tests.parts:raising_model"], "KeyError"),
+    (["--model", "chargpt"], "--model chargpt"),
+    (["--loss", "huber"], "--loss"),
+    (["--optimizer", "sdg"], "--optimizer: unknown optimizer 'sdg'; choose from"),
+    (["--optimizer", "adam", "--momentum", "0.9"], "--momentum: Adam has no such option"),
+    (["--device", "tpu"], "--device: unknown device 'tpu'"),
+    (["--device", "cuda:99"], "--device cuda:99"),
+    (["--backend", "nccl", "--device", "cpu"], "--backend nccl"),
+    (["--batch-size", "5000"], "--batch-size 5000: the mini-batch of"),
+    (["--global-batch-size", "5000"], "--global-batch-size 5000: the mini-batch of"),
+    (["--resume", "{tmp}/none"], "--resume: cannot read {tmp}/none/config.toml"),
+    (["--output", "{tmp}/used"], "--output: the folder {tmp}/used is already used"),
+    (["--output", "{tmp}/used/file"], "--output: {tmp}/used/file is a file"),
+    (["--output", "{tmp}/used/file/deeper"], "--output: cannot write into"),
+]
+
+
+def prepare(folder: Path) -> None:
+    (folder / "bad.toml").write_text("lr = ")
+    (folder / "used").mkdir()
+    (folder / "used" / "file").write_text("mine")
+
+
+def assert_one_line(errors: str, status: int, text: str) -> None:
+    assert status == 2, errors
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1, errors
+    assert lines[0].startswith("allreduce-sgd: error: ")
+    assert text in lines[0]
+
+
+@pytest.mark.parametrize(("flags", "text"), CASES, ids=lambda part: part if isinstance(part, str) else "")
+def test_on_one_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: list[str], text: str) -> None:
+    prepare(tmp_path)
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    output = [] if "--output" in flags else ["--output", str(tmp_path / "run")]
+    status = main([*flags, *output])
+    assert_one_line(capfd.readouterr().err, status, text.format(tmp=tmp_path))
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / "used" / "file").read_text() == "mine"
+
+
+# One of each phase: flags, data, model, optimizer, back end, size of the mini-batch, folder.
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [CASES[index] for index in (0, 1, 3, 8, 11, 15, 19, 20, 23)],
+    ids=lambda part: part if isinstance(part, str) else "",
+)
+def test_on_three_ranks_one_of_them_speaks(tmp_path: Path, flags: list[str], text: str) -> None:
+    prepare(tmp_path)
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    output = [] if "--output" in flags else ["--output", str(tmp_path / "run")]
+    done = mpirun(3, [*TRAIN, *flags, *output])
+    assert_one_line(done.errors, done.status, text.format(tmp=tmp_path))
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_ranks_than_samples(tmp_path: Path) -> None:
+    flags = ["--dataset", "tests.parts:three_samples", "--model", "linear", "--batch-size", "1"]
+    done = mpirun(4, [*TRAIN, *flags, "--output", str(tmp_path / "run")])
+    assert_one_line(done.errors, done.status, "4 ranks share 3 training samples; start fewer")
+
+
+def test_the_wrong_launcher_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    # The launcher of another MPI says there are two ranks, and our MPI library knows nothing of it.
+    other = {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}
+    done = python([*TRAIN, "--output", str(tmp_path / "run")], environment=other)
+    assert_one_line(done.errors, done.status, "Open MPI started 2 ranks (OMPI_COMM_WORLD_SIZE=2), but MPI (MPICH")
+    assert "start with the mpirun or mpiexec of that MPI library" in done.errors
+    peer = python(TRAIN, environment={**other, "OMPI_COMM_WORLD_RANK": "1"})
+    assert (peer.status, peer.errors) == (2, "")
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"},
+        {"SLURM_JOB_ID": "7", "SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "4"},
+        {"PMI_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_a_plain_run_inside_a_batch_script_works(tmp_path: Path, environment: dict[str, str]) -> None:
+    done = python([*TRAIN, "--steps", "2", "--output", str(tmp_path / "run")], environment=environment)
+    assert (done.status, done.errors) == (0, "")
+
+
+def test_srun_with_the_wrong_mpi_type_is_refused(tmp_path: Path) -> None:
+    done = python(TRAIN, environment={"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0"})
+    assert_one_line(done.errors, done.status, "SLURM started 2 ranks (SLURM_STEP_NUM_TASKS=2)")
+    assert "--mpi=" in done.errors

@@ -1,0 +1,20 @@
+"""Runs the tests of tests/mpi on 1, 2, 3 and 4 ranks, each rank one pytest."""
+
+import pytest
+
+from tests.launching import mpirun
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.timeout(600)
+def test_all_of_tests_mpi(ranks: int) -> None:
+    done = mpirun(
+        ranks,
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/mpi"],
+        timeout_seconds=540,
+        environment={"ALLREDUCE_SGD_UNDER_MPIRUN": "1"},
+    )
+    # Shown by pytest where the assertion fails, and by `pytest -s` always.
+    print(done.output)
+    assert done.status == 0
+    assert done.output.count(" passed") == ranks
