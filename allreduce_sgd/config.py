@@ -112,15 +112,15 @@ class Option:
             return None
         if self.kind is float and type(value) is int:
             value = float(value)
-        if type(value) is not self.kind:
+        if not isinstance(value, (str, int, float, bool)) or type(value) is not self.kind:
             raise ConfigError(f"{where}{name}: {value!r} is not {_ARTICLES[self.kind]}")
-        if self.choices is not None:
+        if self.choices is not None and isinstance(value, str):
             if value.lower() not in self.choices:
                 raise ConfigError(f"{where}{name}: unknown value {value!r}; choose from {', '.join(self.choices)}")
             return value.lower()
-        if self.kind in (int, float) and not self._in_range(value):
+        if isinstance(value, int | float) and self.kind is not bool and not self._in_range(value):
             raise ConfigError(f"{where}{name}: {value} is out of range; {self._range()}")
-        if self.kind is str and ("\n" in value or not value.strip()):
+        if isinstance(value, str) and ("\n" in value or not value.strip()):
             raise ConfigError(f"{where}{name}: {value!r} is not a line of text")
         return value
 

@@ -88,7 +88,7 @@ class MetricsLog:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as problem:
                 raise ConfigError("--tensorboard: the package tensorboard is not installed") from problem
-            self._writer = SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -28,7 +28,8 @@ def claim(config: Config, size: int, step: int) -> Path:
                 raise ConfigError(f"--output: {folder} is a file; name a folder that is new or empty")
             if folder.exists() and any(folder.iterdir()):
                 raise ConfigError(
-                    f"--output: the folder {folder} is already used; name a new one, or go on in it with --resume {folder}"
+                    f"--output: the folder {folder} is already used; name a new one, or go on in it with "
+                    f"--resume {folder}"
                 )
             folder.mkdir(parents=True, exist_ok=True)
         replace_file(folder / "config.toml", to_toml(config))

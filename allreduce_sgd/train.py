@@ -146,7 +146,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> None
                     own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
                 trainer.load_state_dict(saved, own)
                 _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}")
-            _announce(topology, config, trainer, folder)
+            _announce(topology, config, trainer, torch.get_num_threads(), folder)
             summary = trainer.fit()
             if topology.rank == 0:
                 write_json(folder / "summary.json", summary)
@@ -235,14 +235,14 @@ def _say(topology: Topology, text: str) -> None:
         print(text, flush=True)
 
 
-def _announce(topology: Topology, config: Config, trainer: "Trainer", folder: Path) -> None:
+def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: int, folder: Path) -> None:
     dataset, model = trainer.dataset, trainer.strategy.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     algorithm = f" {trainer.comm.algorithm}" if trainer.comm.algorithm else ""
-    ranks = f"{topology.size} rank{'s' if topology.size > 1 else ''} on {topology.nodes} node{'s' if topology.nodes > 1 else ''}"
+    ranks = f"{_count(topology.size, 'rank')} on {_count(topology.nodes, 'node')}"
     _say(
         topology,
-        f"{ranks}, {trainer.device}, {torch_threads()} thread(s) each, {trainer.comm.backend}{algorithm}, "
+        f"{ranks}, {trainer.device}, {_count(threads, 'thread')} each, {trainer.comm.backend}{algorithm}, "
         f"strategy {trainer.strategy.name}\n"
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
         f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
@@ -251,10 +251,8 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", folder: Pa
     )
 
 
-def torch_threads() -> int:
-    import torch
-
-    return torch.get_num_threads()
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _conclude(summary: dict[str, Any], folder: Path) -> None:

@@ -44,7 +44,7 @@ def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
 def start(
     ranks: int | None, arguments: Sequence[str], environment: Mapping[str, str] | None = None, cwd: Path = ROOT
 ) -> subprocess.Popen[str]:
-    """Start python with `arguments` on that many ranks, or without a launcher for None, in a process group of its own."""
+    """Start python with `arguments` on that many ranks (None: without a launcher), in a process group of its own."""
     launcher = [] if ranks is None else [find_mpirun(), "-n", str(ranks)]
     return subprocess.Popen(
         [*launcher, sys.executable, *arguments],

@@ -19,7 +19,12 @@ class _Slow(nn.Module):
     def __init__(self, features: int, classes: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Flatten(), nn.Linear(features, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, classes)
+            nn.Flatten(),
+            nn.Linear(features, 16),
+            nn.BatchNorm1d(16),
+            nn.ReLU(),
+            nn.Dropout(0.3),
+            nn.Linear(16, classes),
         )
 
     def forward(self, inputs: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Every mistake of a user ends all ranks with exit status 2 and one line on standard error, and leaves nothing behind."""
+"""Every mistake of a user ends all ranks with status 2 and one line on standard error, and leaves nothing behind."""
 
 from pathlib import Path
 

@@ -15,7 +15,11 @@ def run_failing(model: str, folder: Path, *flags: str, ranks: int = 3) -> tuple[
     before = set(Path("/dev/shm").iterdir())
     done = mpirun(ranks, [*TRAIN, "--model", f"tests.parts:{model}", "--output", str(folder / "run"), *flags])
     time.sleep(0.5)
-    ours = [process for process in psutil.process_iter(["cmdline"]) if f"tests.parts:{model}" in (process.info["cmdline"] or [])]
+    ours = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if f"tests.parts:{model}" in (process.info["cmdline"] or [])
+    ]
     assert ours == []
     left = {path for path in Path("/dev/shm").iterdir() if path not in before}
     assert not left, f"left in /dev/shm: {left}"
@@ -36,7 +40,9 @@ def test_an_exception_on_one_rank_ends_all_and_is_told_once(tmp_path: Path) -> N
 def test_an_exception_on_all_ranks_is_told_once(tmp_path: Path) -> None:
     status, errors, _ = run_failing("fails_everywhere", tmp_path)
     assert status not in (0, 2)
-    assert errors.count("ArithmeticError: the third step went wrong") == 2, "once in the headline, once in the traceback"
+    assert errors.count("ArithmeticError: the third step went wrong") == 2, (
+        "once in the headline, once in the traceback"
+    )
     assert errors.count("rank 0 of 3 on ") == 1
     assert errors.count("Traceback") == 1
 

@@ -27,7 +27,10 @@ def test_options_reach_the_optimizer_and_defaults_are_its_own() -> None:
     assert (sgd["lr"], sgd["momentum"]) == (0.05, 0.9)
     adam = build_optimizer(OptimizerOptions(optimizer="adam", beta2=0.95, eps=1e-6), parameters()).param_groups[0]
     assert (adam["lr"], adam["betas"], adam["eps"]) == (1e-3, (0.9, 0.95), 1e-6)
-    assert build_optimizer(OptimizerOptions(optimizer="adam", beta1=0.0), parameters()).defaults["betas"] == (0.0, 0.999)
+    assert build_optimizer(OptimizerOptions(optimizer="adam", beta1=0.0), parameters()).defaults["betas"] == (
+        0.0,
+        0.999,
+    )
     nesterov = build_optimizer(OptimizerOptions(nesterov=True, weight_decay=0.1), parameters()).defaults
     assert nesterov["nesterov"]
     assert nesterov["weight_decay"] == 0.1

@@ -7,7 +7,7 @@ import pytest
 
 from allreduce_sgd.schedules import ring, tree
 from allreduce_sgd.schedules.check import ScheduleError, execute
-from allreduce_sgd.schedules.step import NOTHING, Step, chunk
+from allreduce_sgd.schedules.step import NOTHING, Schedule, Step, chunk
 
 SIZES = range(1, 18)
 
@@ -89,7 +89,7 @@ def test_tree_broadcast_reaches_all_in_logarithmic_depth(size: int) -> None:
     assert len(tree.children(0, size)) == (size - 1).bit_length()
 
 
-def wrong(*steps: tuple[Step, ...]):
+def wrong(*steps: tuple[Step, ...]) -> Schedule:
     """A schedule that gives rank r the r-th tuple of steps."""
     return lambda rank, size, length: iter(steps[rank])
 

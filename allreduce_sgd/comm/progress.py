@@ -20,7 +20,7 @@ from torch import Tensor
 from allreduce_sgd.comm.base import Traffic
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
 
-__all__ = ["Operation", "ProgressEngine", "Program"]
+__all__ = ["Operation", "Program", "ProgressEngine"]
 
 Program = Iterator[bool]
 """Yields where it waits for a message: True if it got on since the last time, False if not."""

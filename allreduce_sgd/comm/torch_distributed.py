@@ -8,12 +8,13 @@ One process has one default process group: it is used if the caller already made
 `close`.
 """
 
+import contextlib
 import ipaddress
 import os
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import NoReturn
 
@@ -21,6 +22,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from allreduce_sgd.comm.base import FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, ConfigError
@@ -50,12 +52,12 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
         return TorchCommunicator(dist.new_group(timeout=timeout), everyone, backend, timeout_seconds)
     store_timeout = timedelta(seconds=min(_STORE_SECONDS, timeout_seconds))
     address = topology.agree(lambda: _own_address() if topology.rank == 0 and topology.nodes > 1 else "127.0.0.1")
-    store: dist.Store | None = None
+    store: Store | None = None
     if topology.rank == 0:
-        store = dist.TCPStore(address, 0, topology.size, True, store_timeout, wait_for_workers=False)
-    where = topology.broadcast((address, store.port) if isinstance(store, dist.TCPStore) else ("", 0))
+        store = TCPStore(address, 0, topology.size, True, store_timeout, wait_for_workers=False)
+    where = topology.broadcast((address, store.port) if isinstance(store, TCPStore) else ("", 0))
     if store is None:
-        store = dist.TCPStore(where[0], where[1], topology.size, False, store_timeout)
+        store = TCPStore(where[0], where[1], topology.size, False, store_timeout)
     kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(kinds, store=store, rank=topology.rank, world_size=topology.size, timeout=timeout)
     return TorchCommunicator(None, list(range(topology.size)), backend, timeout_seconds)
@@ -193,7 +195,7 @@ class TorchCommunicator:
         self,
         operation: str,
         data: Tensor,
-        start: Callable[[], list[dist.Work | None]],
+        start: Callable[[], Sequence[dist.Work | None]],
         finish: Callable[[], None] | None = None,
     ) -> Work:
         if not self._open:
@@ -278,10 +280,8 @@ def _own_address() -> str:
 
     named = [os.environ[key].split(",")[0] for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if key in os.environ]
     candidates = [address for name in named for address in ipv4(name)]
-    try:
+    with contextlib.suppress(OSError):
         candidates += socket.gethostbyname_ex(socket.gethostname())[2]
-    except OSError:
-        pass
     up = psutil.net_if_stats()
     candidates += [address for name in interfaces if name in up and up[name].isup for address in ipv4(name)]
     reachable = [address for address in candidates if not ipaddress.ip_address(address).is_loopback]

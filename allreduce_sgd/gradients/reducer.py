@@ -130,4 +130,4 @@ class Reducer:
 
 def _queue_callback(function: Callable[[], None]) -> None:
     """Have autograd call `function` when the backward pass that runs now has ended, before `backward` returns."""
-    torch.autograd.Variable._execution_engine.queue_callback(function)  # type: ignore[attr-defined]  # torch's DDP and FSDP use it too
+    torch.autograd.Variable._execution_engine.queue_callback(function)  # torch's DDP and FSDP use it too

@@ -107,7 +107,7 @@ class Anchored(Strategy):
         loss = zero_loss(self.model)
         for compute in share.losses:
             part = compute(self.model)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.detach()
         return loss
 

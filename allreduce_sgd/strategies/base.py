@@ -80,7 +80,7 @@ class Strategy(ABC):
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
 
-    def restart(self) -> None:
+    def restart(self) -> None:  # noqa: B027 - most methods have nothing to do here
         """Go on from a consensus model just loaded where ranks have no saved state of their own to load."""
 
     def _apply(self, gradients: Callable[[], Tensor]) -> None:

@@ -13,8 +13,8 @@ STRATEGIES = ("sync", "local")
 class StrategyOptions:
     strategy: str = option(
         "sync",
-        "how SGD is distributed: sync (gradients are all-reduced every step), local (every rank steps alone, parameters "
-        "are averaged every --period steps)",
+        "how SGD is distributed: sync (gradients are all-reduced every step), local (every rank steps alone, and "
+        "parameters are averaged every --period steps)",
         choices=STRATEGIES,
     )
     period: int = option(8, "steps between two averages of strategy local", minimum=1)

@@ -62,11 +62,11 @@ class Synchronous(Strategy):
         for compute in share.losses[:-1]:
             with self.replica.no_sync():
                 part = compute(self.replica)
-                part.backward()  # type: ignore[no-untyped-call]
+                part.backward()
             loss += part.detach()
         if share.losses:
             part = share.losses[-1](self.replica)
-            part.backward()  # type: ignore[no-untyped-call]
+            part.backward()
             loss += part.detach()
         else:
             self.replica.reduce_without_backward()

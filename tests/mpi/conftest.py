@@ -5,6 +5,7 @@ A test that fails on one rank would leave the others waiting for it, so the fail
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -27,6 +28,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         print(f"\nrank {rank}: {report.nodeid} failed\n{report.longreprtext}", file=sys.stderr, flush=True)
         from mpi4py import MPI
 
+        # The launcher drops what a rank wrote last if it aborts before that was read.
+        time.sleep(0.5)
         MPI.COMM_WORLD.Abort(1)
 
 

@@ -60,7 +60,7 @@ def test_all_reduce(any_comm: Communicator, op: ReduceOp, dtype: torch.dtype) ->
         undefined |= dtype.is_complex and op is ReduceOp.PRODUCT and any_comm.backend in ("gloo", "nccl")
         if undefined:
             if length and (any_comm.size > 1 or op is not ReduceOp.PRODUCT):
-                with pytest.raises(ValueError, match="not defined|no product"):
+                with pytest.raises(ValueError, match=r"not defined|no product"):
                     any_comm.all_reduce(buffer, op)
             continue
         result = any_comm.all_reduce(buffer, op).wait()
