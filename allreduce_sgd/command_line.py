@@ -23,7 +23,8 @@ Without mpirun it trains on one rank, without flags on a small data set in secon
 metrics.jsonl, summary.json and checkpoints into its --output folder."""
 _EPILOG = """\
 Every flag may stand in a TOML file given by --config, under its own name (batch-size = 64); flags override the file.
-Exit status: 0 done, 1 failed, 2 bad arguments or configuration."""
+SIGUSR1 to any rank has all of them write a checkpoint at the next logged step and stop, to go on with --resume.
+Exit status: 0 done, 1 failed, 2 bad arguments or configuration, 75 stopped by SIGUSR1."""
 
 
 class _Parser(argparse.ArgumentParser):

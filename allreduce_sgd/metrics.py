@@ -61,9 +61,13 @@ class Tally:
             self._correct.append(correct)
             self._predictions += predictions
 
-    def reduce(self, comm: Communicator) -> Totals:
-        """Return the sums over all ranks, and start afresh. All ranks must call; the same bits everywhere."""
-        sums = torch.zeros(4, dtype=torch.float64)
+    def reduce(self, comm: Communicator, ask: bool = False) -> tuple[Totals, bool]:
+        """Return the sums over all ranks and whether any rank asks, and start afresh.
+
+        All ranks must call; the same bits everywhere.
+        """
+        sums = torch.zeros(5, dtype=torch.float64)
+        sums[4] = ask
         if self._losses:
             losses = torch.stack([loss.float() for loss in self._losses]).double().cpu()
             sums[0] = losses @ torch.tensor(self._samples, dtype=torch.float64)
@@ -73,8 +77,8 @@ class Tally:
             sums[3] = self._predictions
         comm.all_reduce(sums).wait()
         self._losses, self._samples, self._correct, self._predictions = [], [], [], 0
-        loss, samples, correct, predictions = sums.tolist()
-        return Totals(loss, int(samples), int(correct), int(predictions))
+        loss, samples, correct, predictions, asking = sums.tolist()
+        return Totals(loss, int(samples), int(correct), int(predictions)), asking > 0
 
 
 class MetricsLog:

@@ -7,6 +7,7 @@ rank ends all of them alike: one line from one rank, exit status 2.
 import contextlib
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from allreduce_sgd.metrics import MetricsLog
     from allreduce_sgd.trainer import Trainer
 
-__all__ = ["main", "run"]
+__all__ = ["PREEMPTED", "main", "run"]
 
+PREEMPTED = 75
+PREEMPTED = 75
 _DOWNLOAD_SECONDS = 30.0
 
 _CHANGEABLE_ON_RESUME = frozenset(
@@ -41,7 +44,7 @@ def run() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say, and return the exit status: 0 done, 2 bad arguments or configuration.
+    """Train as the arguments say, and return the exit status: 0 done, 2 bad arguments, 75 stopped by SIGUSR1.
 
     All ranks must call with the same arguments. Failures of other kinds raise; under a launcher they end all ranks.
     """
@@ -66,14 +69,14 @@ def main(arguments: Sequence[str]) -> int:
     install_excepthooks(topology)
     try:
         config = topology.agree(lambda: _parsed(config, mistake))
-        _train(topology, config, explicit)
+        finished = _train(topology, config, explicit)
     except ConfigError as problem:
         if problem.rank is None and topology.size > 1:
             raise
         if problem.rank in (None, topology.rank):
             _complain(problem)
         return 2
-    return 0
+    return 0 if finished else PREEMPTED
 
 
 def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
@@ -86,7 +89,8 @@ def _complain(problem: ConfigError) -> None:
     print(f"allreduce-sgd: error: {problem}", file=sys.stderr, flush=True)
 
 
-def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> None:
+def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> bool:
+    """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
     import torch
 
     from allreduce_sgd.comm.factory import connect
@@ -147,10 +151,14 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> None
                 trainer.load_state_dict(saved, own)
                 _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}")
             _announce(topology, config, trainer, torch.get_num_threads(), folder)
+            signal.signal(signal.SIGUSR1, lambda number, frame: trainer.ask_to_stop())
             summary = trainer.fit()
-            if topology.rank == 0:
+            if summary is None:
+                _say(topology, f"stopped at step {trainer.step}; go on with --resume {folder}")
+            elif topology.rank == 0:
                 write_json(folder / "summary.json", summary)
                 _conclude(summary, folder)
+        return summary is not None
     finally:
         if sys.exc_info()[0] is None:
             comm.close()

@@ -75,15 +75,24 @@ class Trainer:
         self.step = 0
         self.samples = 0
         self.reached_target = False
+        self.preempted = False
         self.evaluation: Evaluation | None = None
+        self._stop_asked = False
         self._watch = Stopwatch(comm, device)
         self._tally = Tally()
         self._epoch_totals = Totals()
         self._train_loss: float | None = None
         self._logged = (0, 0.0)
 
-    def fit(self) -> dict[str, Any]:
-        """Train to the end, and return the figures of the summary. The model then is the consensus of all ranks."""
+    def ask_to_stop(self) -> None:
+        """Have all ranks write a checkpoint and stop at the next logged step; may be called from a signal handler."""
+        self._stop_asked = True
+
+    def fit(self) -> dict[str, Any] | None:
+        """Train to the end, and return the figures of the summary. The model then is the consensus of all ranks.
+
+        Returns None where `ask_to_stop` on any rank ended training before: then the last checkpoint holds everything.
+        """
         self.strategy.model.train()
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
             self._logged = (self.samples, self._watch.train_seconds)
@@ -94,6 +103,8 @@ class Trainer:
                     self._evaluate(display)
                 if self._checkpoint_due():
                     self._save()
+                if self.preempted and self.step < self.total_steps and not self.reached_target:
+                    return None
         if self.evaluation is None or self.evaluation.step != self.step:
             self._evaluate(None)
         self.strategy.finish()
@@ -185,7 +196,7 @@ class Trainer:
             return outputs, targets, self.loss(outputs, targets)
 
     def _log_training(self, display: Display, epoch_ended: bool) -> None:
-        totals = self._tally.reduce(self.comm)
+        totals, self.preempted = self._tally.reduce(self.comm, self._stop_asked)
         self._epoch_totals += totals
         if epoch_ended or self._train_loss is None or self.step < self.sampler.steps_per_epoch:
             self._train_loss = self._epoch_totals.mean_loss
@@ -216,7 +227,7 @@ class Trainer:
                 outputs, targets, loss = self._forward(model, self.dataset.test.batch(indices))
                 tally.add(loss, len(indices), self.loss.correct(outputs, targets), self.loss.count(targets))
             model.train()
-        totals = tally.reduce(self.comm)
+        totals, _ = tally.reduce(self.comm)
         test_loss = float("nan") if totals.mean_loss is None else totals.mean_loss
         self.evaluation = Evaluation(self.step, test_loss, totals.accuracy)
         options = self.config.training
@@ -243,7 +254,7 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         every = self.config.run.checkpoint_every
-        ended = self.step == self.total_steps or self.reached_target
+        ended = self.step == self.total_steps or self.reached_target or self.preempted
         return ended or (every is not None and self.step % every == 0)
 
     def _save(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,19 @@ from tests.test_train import TRAIN, lines_of, summary_of, train
 SLOW = ["--model", "tests.parts:slow_model", "--checkpoint-every", "7", "--log-every", "1", "--batch-size", "16"]
 
 
-def kill_between_steps(ranks: int, folder: Path, flags: list[str], after_step: int) -> None:
-    """Train until `after_step` has been logged, then kill -9 the launcher and every rank."""
-    process = start(ranks, [*TRAIN, *flags, "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.05"})
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int) -> None:
     deadline = time.monotonic() + 90
     metrics = folder / "metrics.jsonl"
-    while not metrics.exists() or f'"step": {after_step},' not in metrics.read_text():
+    while not metrics.exists() or f'"step": {step},' not in metrics.read_text():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
+
+
+def kill_between_steps(ranks: int, folder: Path, flags: list[str], after_step: int) -> None:
+    """Train until `after_step` has been logged, then kill -9 the launcher and every rank."""
+    process = start(ranks, [*TRAIN, *flags, "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.05"})
+    wait_for_step(process, folder, after_step)
     for each in [*psutil.Process(process.pid).children(recursive=True), process]:
         each.send_signal(signal.SIGKILL)
     assert finish(process, time.monotonic(), 30).status != 0
@@ -52,6 +57,23 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(tmp_path: Path, flags
         assert resumed[key] == whole[key]
     steps = [line["step"] for line in lines_of(tmp_path / "killed") if line["event"] == "train"]
     assert steps == list(range(1, 41))
+
+
+def test_usr1_stops_at_a_checkpoint_with_status_75_and_resuming_comes_to_the_same_end(tmp_path: Path) -> None:
+    flags = [*SLOW, "--steps", "40"]
+    whole = train(2, tmp_path / "whole", *flags)
+    folder = tmp_path / "stopped"
+    process = start(2, [*TRAIN, *flags, "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.05"})
+    wait_for_step(process, folder, 9)
+    # As a scheduler does: the launcher gets the signal, and passes it on to the ranks.
+    process.send_signal(signal.SIGUSR1)
+    done = finish(process, time.monotonic(), 60)
+    assert done.status == 75, done.errors
+    assert f"go on with --resume {folder}" in done.output
+    assert not (folder / "summary.json").exists()
+    done = mpirun(2, [*TRAIN, "--resume", str(folder)])
+    assert done.status == 0, done.errors
+    assert summary_of(folder)["parameters_sha256"] == whole["parameters_sha256"]
 
 
 def losses(folder: Path) -> dict[int, float]:
