@@ -13,7 +13,7 @@ def test_the_loop_of_the_readme_trains_the_same_model_on_all_ranks(
 ) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     program = tmp_path_factory.mktemp("readme") / "loop.py"
-    program.write_text(code + "print('loss below', float(loss) < 0.01, model.module.weight.tolist())\n")
+    program.write_text(code + "print('loss below', loss.item() < 0.01, model.module.weight.tolist())\n")
     done = mpirun(ranks, [str(program)])
     assert (done.status, done.errors) == (0, "")
     lines = done.output.strip().splitlines()
