@@ -11,7 +11,8 @@ machine hits all alike):
 All compute in one thread per rank. In round r the time of a contender is the mean over its steps, and the maximum over
 ranks; t = the median over rounds. `ratio` is the median over rounds of (its time in round r / that of
 no_communication in round r): 1 means that communication is free. Exposed communication of ours is the time that the
-training thread waits; of torch's DDP, which does not tell, it is t - t(no_communication).
+training thread waits, and its backward leaves that out; torch's DDP does not tell, so that its backward contains it,
+and what is called exposed is the median over rounds of (its time - that of no_communication).
 
 Every round starts with one step whose gradients and parameters are checked against a serial step with the mini-batches
 of all ranks, and whose outcome must be the same bits on all ranks; a wrong one ends the benchmark with status 1.
@@ -92,13 +93,8 @@ def summarise(workload: str, ranks: int, rounds: Rounds) -> list[dict[str, Any]]
     for name, setting in fastest.items():
         turns = rounds[name, setting]
         slowest = _slowest(turns)
-        median_seconds = statistics.median(slowest)
-        backward_seconds = _typical(turns, lambda turn: turn.backward_seconds)
-        exposed_seconds = _typical(turns, lambda turn: turn.exposed_seconds)
-        told = exposed_seconds is not None
-        if exposed_seconds is None or backward_seconds is None:
-            exposed_seconds = median_seconds - statistics.median(baseline)
-            backward_seconds = None if backward_seconds is None else backward_seconds - exposed_seconds
+        waited_seconds = _typical(turns, lambda turn: turn.exposed_seconds)
+        longer_seconds = statistics.median(mine - base for mine, base in zip(slowest, baseline, strict=True))
         rows.append(
             {
                 "workload": workload,
@@ -106,15 +102,15 @@ def summarise(workload: str, ranks: int, rounds: Rounds) -> list[dict[str, Any]]
                 "setting": setting,
                 "ranks": ranks,
                 "rounds": len(turns),
-                "median_seconds": median_seconds,
+                "median_seconds": tried[name][setting],
                 "minimum_seconds": min(slowest),
                 "maximum_seconds": max(slowest),
                 "ratio": statistics.median(mine / base for mine, base in zip(slowest, baseline, strict=True)),
                 "forward_seconds": _typical(turns, lambda turn: turn.forward_seconds),
-                "backward_seconds": backward_seconds,
+                "backward_seconds": _typical(turns, lambda turn: turn.backward_seconds),
                 "optimizer_seconds": _typical(turns, lambda turn: turn.optimizer_seconds),
-                "exposed_seconds": exposed_seconds,
-                "exposed_by": "waiting" if told else "difference",
+                "exposed_seconds": longer_seconds if waited_seconds is None else waited_seconds,
+                "exposed_by": "difference" if waited_seconds is None else "waiting",
                 "sent_bytes": _typical(turns, lambda turn: turn.sent_bytes),
                 "settings_tried": {each: seconds for each, seconds in tried[name].items() if each},
             }
