@@ -31,8 +31,8 @@ lint: $(READY) ## check style (ruff), types (mypy) and shell scripts (shellcheck
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
 bench: $(READY) ## measure step time and time to accuracy on N ranks (N=2)
-	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time $(ARGS)
-	$(BIN)/python -m benchmarks.time_to_accuracy $(ARGS)
+	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.time_to_accuracy --ranks 1,$(N)
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -18,9 +18,10 @@ from allreduce_sgd.topology import Topology
 __all__ = ["INTERRUPTED", "install_excepthooks"]
 
 INTERRUPTED = 130
-_PEER_DELAY_SECONDS = 0.3
-_CONSEQUENCE_DELAY_SECONDS = 1.5
+# Each longer than the ones before, so that the first to speak has ended the job before the next would.
 _FORWARDING_SECONDS = 0.3
+_PEER_DELAY_SECONDS = 1.0
+_CONSEQUENCE_DELAY_SECONDS = 2.5
 
 
 def install_excepthooks(topology: Topology) -> None:

@@ -237,7 +237,9 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
                 format_number(sent),
             ]
         )
-    return f"{rows[0]['ranks']} ranks, one thread each; milliseconds per step\n\n" + format_table(header, lines, 2)
+    ranks = rows[0]["ranks"]
+    heading = f"{ranks} rank{'s' if ranks > 1 else ''}, one thread each; milliseconds per step"
+    return f"{heading}\n\n{format_table(header, lines, 2)}"
 
 
 if __name__ == "__main__":

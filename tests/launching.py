@@ -18,6 +18,14 @@ ROOT = Path(__file__).parent.parent
 # A launcher's variables would tell the ranks started here that they belong to another job.
 _FOREIGN = ("OMPI_", "PMI_", "PMIX_", "SLURM_", "MPI_LOCAL", "HYDRA_")
 
+# Open MPI refuses root and more ranks than cores unless told otherwise; MPICH does not look at these.
+_OPEN_MPI = {
+    "OMPI_ALLOW_RUN_AS_ROOT": "1",
+    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+    "OMPI_MCA_btl": "^ofi",
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+}
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -38,7 +46,7 @@ def find_mpirun() -> str:
 
 def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-    return {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
+    return {**kept, **_OPEN_MPI, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **changes}
 
 
 def start(

@@ -64,10 +64,10 @@ def test_on_one_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: l
     assert (tmp_path / "used" / "file").read_text() == "mine"
 
 
-# One of each phase: flags, data, model, optimizer, back end, size of the mini-batch, folder.
+# One of each phase: flags, file, download, data, model, optimizer, back end, size of the mini-batch, folder.
 @pytest.mark.parametrize(
     ("flags", "text"),
-    [CASES[index] for index in (0, 1, 3, 8, 11, 15, 19, 20, 23)],
+    [CASES[index] for index in (0, 1, 3, 6, 8, 11, 15, 19, 20, 23)],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_on_three_ranks_one_of_them_speaks(tmp_path: Path, flags: list[str], text: str) -> None:

@@ -13,7 +13,14 @@ TRAIN = ["-m", "allreduce_sgd.train", "--batch-size", "8"]
 
 def run_failing(model: str, folder: Path, *flags: str, ranks: int = 3) -> tuple[int, str, float]:
     before = set(Path("/dev/shm").iterdir())
-    done = mpirun(ranks, [*TRAIN, "--model", f"tests.parts:{model}", "--output", str(folder / "run"), *flags])
+    failure_time = folder / "failure_time"
+    done = mpirun(
+        ranks,
+        [*TRAIN, "--model", f"tests.parts:{model}", "--output", str(folder / "run"), *flags],
+        environment={"TEST_FAILURE_TIME": str(failure_time)},
+    )
+    if failure_time.exists():
+        assert time.time() - float(failure_time.read_text()) < 5
     time.sleep(0.5)
     ours = [
         process

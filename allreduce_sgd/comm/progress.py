@@ -78,9 +78,10 @@ class Operation:
 
 
 class Backoff:
-    """Spins while messages move or moved a moment ago, then sleeps, longer each time up to a bound."""
+    """Spins for a moment after messages moved last, then sleeps, longer each time up to a bound."""
 
-    def __init__(self) -> None:
+    def __init__(self, spin_seconds: float) -> None:
+        self._spin_seconds = spin_seconds
         self._moved_seconds = time.perf_counter()
         self._sleep_seconds = _SLEEP_SECONDS
 
@@ -89,7 +90,7 @@ class Backoff:
         if moved:
             self._moved_seconds = now
             self._sleep_seconds = _SLEEP_SECONDS
-        if now - self._moved_seconds < _SPIN_SECONDS:
+        if now - self._moved_seconds < self._spin_seconds:
             time.sleep(0)
         else:
             time.sleep(self._sleep_seconds)
@@ -151,7 +152,7 @@ class ProgressEngine:
 
     def drive(self, operation: Operation, deadline_seconds: float) -> bool:
         """Advance everything until `operation` has ended or the clock passes the deadline; say whether it ended."""
-        backoff = Backoff()
+        backoff = Backoff(_SPIN_SECONDS)
         with self._state:
             self._drivers += 1
         try:
@@ -180,7 +181,8 @@ class ProgressEngine:
                     self._state.wait()
                 if self._thread is not current:
                     return
-            backoff = Backoff()
+            # Beside a thread that computes on the same core, spinning would take half of it.
+            backoff = Backoff(0.0)
             while self._thread is current and self._drivers == 0 and self._busy():
                 with self.lock:
                     moved = self._advance()

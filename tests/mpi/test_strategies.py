@@ -74,8 +74,7 @@ def train(strategy: Strategy, comm: Communicator, steps: int, count: int, rounds
 
 def assert_same(model: nn.Module, other: nn.Module, rtol: float = 1e-7, atol: float = 1e-9) -> None:
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
-        difference = (mine - theirs).detach().abs() - rtol * theirs.abs()
-        assert float(difference.max()) <= atol, f"{name}: {mine} is not {theirs}"
+        assert torch.allclose(mine, theirs, rtol=rtol, atol=atol), f"{name}: {mine} is not {theirs}"
 
 
 def serial(options: OptimizerOptions, steps: int, count: int, bias: bool = True) -> nn.Module:
