@@ -90,7 +90,7 @@ def save(
         position = folders.index(target)
         # Later ones belong to a course that was given up by resuming from an earlier checkpoint.
         for unwanted in folders[: max(0, position + 1 - keep)] + folders[position + 1 :]:
-            shutil.rmtree(unwanted)
+            shutil.rmtree(unwanted, ignore_errors=True)
 
     _together(prepare, comm, checkpoints)
     _together(write, comm, checkpoints)
@@ -158,7 +158,7 @@ def _together(action: Callable[[], None], comm: Communicator, checkpoints: Path)
 
 
 def _folders(checkpoints: Path) -> list[Path]:
-    return sorted(checkpoints.glob("step-*")) if checkpoints.is_dir() else []
+    return sorted(path for path in checkpoints.glob("step-*") if path.name.removeprefix("step-").isdecimal())
 
 
 def _rank_file(rank: int) -> str:

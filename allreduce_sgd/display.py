@@ -1,6 +1,7 @@
 """What a person watching the run sees: a progress bar on a terminal, plain lines otherwise. Rank 0 only."""
 
 import sys
+import time
 from types import TracebackType
 from typing import Any
 
@@ -8,12 +9,16 @@ from tqdm import tqdm
 
 __all__ = ["Display", "number"]
 
+_LINE_SECONDS = 10.0
+
 
 class Display:
     """Shows progress if `enabled` (rank 0), nothing otherwise."""
 
     def __init__(self, enabled: bool, total_steps: int, first_step: int) -> None:
         self._enabled = enabled
+        self._total_steps = total_steps
+        self._said_seconds = time.monotonic()
         self._bar: Any = None
         if enabled and sys.stderr.isatty():
             self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, leave=False)
@@ -29,6 +34,7 @@ class Display:
 
     def line(self, text: str) -> None:
         """Print a line that stays."""
+        self._said_seconds = time.monotonic()
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         elif self._enabled:
@@ -38,11 +44,15 @@ class Display:
         if self._bar is not None:
             self._bar.update(count)
 
-    def figures(self, loss: float | None, accuracy: float | None, samples_per_second: float) -> None:
-        """Show the training loss, accuracy and speed of the last steps beside the bar."""
+    def figures(self, step: int, loss: float | None, accuracy: float | None, samples_per_second: float) -> None:
+        """Show the training loss, accuracy and speed of the last steps: beside the bar, or in a line now and then."""
+        accuracy_text = "" if accuracy is None else f", accuracy {accuracy:.3f}"
+        text = f"loss {number(loss)}{accuracy_text}, {samples_per_second:,.0f} samples/s"
         if self._bar is not None:
-            accuracy_text = "" if accuracy is None else f", accuracy {accuracy:.3f}"
-            self._bar.set_postfix_str(f"loss {number(loss)}{accuracy_text}, {samples_per_second:,.0f} samples/s")
+            self._bar.set_postfix_str(text)
+        elif self._enabled and time.monotonic() - self._said_seconds > _LINE_SECONDS:
+            # Launchers give ranks a pipe for a terminal, where a bar would only fill the log.
+            self.line(f"step {step:6d} of {self._total_steps}   training {text}")
 
 
 def number(value: float | None) -> str:

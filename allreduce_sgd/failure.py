@@ -25,7 +25,13 @@ _CONSEQUENCE_DELAY_SECONDS = 2.5
 
 
 def install_excepthooks(topology: Topology) -> None:
-    """Make an uncaught exception, in the main thread or another, end all ranks within seconds. Each rank calls."""
+    """Make an uncaught exception, in the main thread or another, end all ranks within seconds. Each rank calls.
+
+    One rank alone keeps Python's own hooks.
+    """
+    if topology.size == 1:
+        # Nobody waits for a rank alone, and Python's own way of ending it runs what the program left to do at exit.
+        return
     reporting = threading.Lock()
 
     def report(error: BaseException, trace: TracebackType | None, thread: str | None) -> None:

@@ -1,5 +1,6 @@
 """What a run measures: sums over samples on all ranks, and the files metrics.jsonl and summary.json."""
 
+import importlib.util
 import json
 import math
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.durable import replace_file
 from allreduce_sgd.errors import ConfigError
 
-__all__ = ["MetricsLog", "Tally", "Totals", "write_json"]
+__all__ = ["MetricsLog", "Tally", "Totals", "check_tensorboard", "write_json"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class Tally:
         return Totals(loss, int(samples), int(correct), int(predictions)), asking > 0
 
 
+def check_tensorboard(wanted: bool) -> None:
+    """Raise ConfigError where TensorBoard files are wanted and cannot be written."""
+    if wanted and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError("--tensorboard: the package tensorboard is not installed; pip install tensorboard")
+
+
 class MetricsLog:
     """Appends lines to metrics.jsonl, each flushed, and optionally to TensorBoard. One rank has it."""
 
@@ -88,10 +95,8 @@ class MetricsLog:
         self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as problem:
-                raise ConfigError("--tensorboard: the package tensorboard is not installed") from problem
+            from torch.utils.tensorboard import SummaryWriter
+
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> "MetricsLog":

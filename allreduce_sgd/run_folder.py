@@ -1,6 +1,7 @@
 """The folder of a run: config.toml, metrics.jsonl, summary.json, checkpoints/."""
 
 import datetime
+import itertools
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def claim(config: Config, size: int, step: int) -> Path:
             _truncate_metrics(folder / "metrics.jsonl", step)
             (folder / "summary.json").unlink(missing_ok=True)
         else:
-            folder = _new(config, size) if output is None else Path(output)
+            folder = _make_new(config, size) if output is None else Path(output)
             if folder.exists() and not folder.is_dir():
                 raise ConfigError(f"--output: {folder} is a file; name a folder that is new or empty")
             if folder.exists() and any(folder.iterdir()):
@@ -44,18 +45,22 @@ def claim(config: Config, size: int, step: int) -> Path:
 def resumed_folder(resume: str) -> Path:
     """Return the run's folder, given it or the folder of one of its checkpoints."""
     path = Path(resume)
-    return path.parent.parent if path.absolute().parent.name == "checkpoints" else path
+    return path.absolute().parent.parent if path.absolute().parent.name == "checkpoints" else path
 
 
-def _new(config: Config, size: int) -> Path:
+def _make_new(config: Config, size: int) -> Path:
     data, model = config.data.dataset.partition(":")[0], config.model.model.replace(":", ".")
     now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{now}-{data}-{model}-{config.strategy.strategy}-p{size}"
-    folder, count = Path("runs") / name, 1
-    while folder.exists():
-        count += 1
-        folder = Path("runs") / f"{name}-{count}"
-    return folder
+    for count in itertools.count(1):
+        folder = Path("runs") / (name if count == 1 else f"{name}-{count}")
+        try:
+            # Another job may start in the same second.
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("counting ended")
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -1,5 +1,6 @@
 """The clocks of a run: time in training, wall time, and the communication that training caused."""
 
+import dataclasses
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from typing import Any
 
 import torch
 
-from allreduce_sgd.comm.base import Communicator
+from allreduce_sgd.comm.base import Communicator, Traffic
 
 __all__ = ["Stopwatch"]
 
@@ -25,6 +26,7 @@ class Stopwatch:
         self._bytes_sent: int | None = 0
         self._busy_seconds = 0.0
         self._waited_seconds = 0.0
+        self._before = Traffic()
 
     @property
     def train_seconds(self) -> float:
@@ -40,9 +42,7 @@ class Stopwatch:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Count what happens within as training; work queued on a GPU is waited for at the end."""
-        traffic = self._comm.traffic
-        bytes_before, busy_before = traffic.bytes_sent, traffic.busy_seconds
-        waited_before = traffic.waited_seconds
+        self._before = dataclasses.replace(self._comm.traffic)
         self._since_seconds = time.perf_counter()
         try:
             yield
@@ -50,13 +50,23 @@ class Stopwatch:
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             self._train_seconds, self._since_seconds = self.train_seconds, None
-            known = self._bytes_sent is not None and bytes_before is not None and traffic.bytes_sent is not None
-            self._bytes_sent = self._bytes_sent + traffic.bytes_sent - bytes_before if known else None  # type: ignore[operator]
-            self._busy_seconds += traffic.busy_seconds - busy_before
-            self._waited_seconds += traffic.waited_seconds - waited_before
+            self._add_traffic()
+
+    def _add_traffic(self) -> None:
+        """Count what the communicator has moved since this was called last, within `training()`."""
+        before, now = self._before, dataclasses.replace(self._comm.traffic)
+        if self._bytes_sent is None or before.bytes_sent is None or now.bytes_sent is None:
+            self._bytes_sent = None
+        else:
+            self._bytes_sent += now.bytes_sent - before.bytes_sent
+        self._busy_seconds += now.busy_seconds - before.busy_seconds
+        self._waited_seconds += now.waited_seconds - before.waited_seconds
+        self._before = now
 
     def communication(self) -> dict[str, Any]:
         """Return this rank's figures so far; bytes are None where the back end does not show them."""
+        if self._since_seconds is not None:
+            self._add_traffic()
         return {
             "communication_bytes": self._bytes_sent,
             "communication_seconds": self._busy_seconds,

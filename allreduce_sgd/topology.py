@@ -63,11 +63,11 @@ class Topology:
     def describe(self) -> str:
         return f"rank {self.rank} of {self.size} on {self.host}"
 
-    def agree(self, function: Callable[[], T]) -> T:
+    def agree(self, function: Callable[[], T], timeout_seconds: float | None = None) -> T:
         """Call `function` and return its result, unless it raised ConfigError on any rank; then raise that on all.
 
         All ranks must call. The error raised is the one of the lowest rank that has one, with `rank` set, so that
-        one rank can print it and all can end alike.
+        one rank can print it and all can end alike. `timeout_seconds` is the deadline, if not the topology's own.
         """
         result: T | None = None
         error: str | None = None
@@ -75,7 +75,7 @@ class Topology:
             result = function()
         except ConfigError as problem:
             error = str(problem)
-        for rank, text in enumerate(self.gather_all(error)):
+        for rank, text in enumerate(self.gather_all(error, timeout_seconds)):
             if text is not None:
                 agreed = ConfigError(text)
                 agreed.rank = rank
@@ -86,23 +86,24 @@ class Topology:
         """Return rank 0's `value`, which must be picklable, on every rank. All ranks must call."""
         return self.gather_all(value if self.rank == 0 else None)[0]  # type: ignore[return-value]  # rank 0's
 
-    def gather_all(self, value: T) -> list[T]:
+    def gather_all(self, value: T, timeout_seconds: float | None = None) -> list[T]:
         """Return the picklable `value` of every rank, in rank order. All ranks must call.
 
-        Polls without burning the core, and raises CommunicationTimeout past `timeout_seconds`.
+        Polls without burning the core, and raises CommunicationTimeout past the deadline.
         """
         if self.world is None:
             return [value]
+        limit_seconds = self.timeout_seconds if timeout_seconds is None else timeout_seconds
         data = bytearray(pickle.dumps(value))
         lengths = array("q", [0] * self.size)
-        self._poll(lambda: self.world.Iallgather(array("q", [len(data)]), lengths))
+        self._poll(lambda: self.world.Iallgather(array("q", [len(data)]), lengths), limit_seconds)
         everyone = bytearray(sum(lengths))
-        self._poll(lambda: self.world.Iallgatherv(data, [everyone, lengths.tolist()]))
+        self._poll(lambda: self.world.Iallgatherv(data, [everyone, lengths.tolist()]), limit_seconds)
         ends = list(itertools.accumulate(lengths))
         return [pickle.loads(everyone[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
 
-    def _poll(self, start: Callable[[], Any]) -> None:
-        deadline_seconds = time.monotonic() + self.timeout_seconds
+    def _poll(self, start: Callable[[], Any], limit_seconds: float) -> None:
+        deadline_seconds = time.monotonic() + limit_seconds
         with self.mpi_lock:
             request = start()
         pause_seconds = 0.0001
@@ -112,7 +113,7 @@ class Topology:
                     return
             if time.monotonic() > deadline_seconds:
                 raise CommunicationTimeout(
-                    f"{self.describe()}: the other ranks did not come to agree within {self.timeout_seconds:g} s"
+                    f"{self.describe()}: the other ranks did not come to agree within {limit_seconds:g} s"
                 )
             time.sleep(pause_seconds)
             pause_seconds = min(2 * pause_seconds, 0.01)

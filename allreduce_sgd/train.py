@@ -5,32 +5,37 @@ rank ends all of them alike: one line from one rank, exit status 2.
 """
 
 import contextlib
-import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
-from allreduce_sgd.config import Config
+from allreduce_sgd.config import Config, config_from
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.run_folder import claim
 from allreduce_sgd.topology import Topology, discover, launcher_rank
 
 if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
     from allreduce_sgd.checkpoint import Checkpoint
     from allreduce_sgd.data.split import Dataset
     from allreduce_sgd.metrics import MetricsLog
+    from allreduce_sgd.models.losses import Loss
     from allreduce_sgd.trainer import Trainer
 
 __all__ = ["PREEMPTED", "main", "run"]
 
 PREEMPTED = 75
-PREEMPTED = 75
 _DOWNLOAD_SECONDS = 30.0
+# For the other ranks, while one downloads: hours on a slow line, but not for ever.
+_DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 
 _CHANGEABLE_ON_RESUME = frozenset(
     "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
@@ -67,9 +72,11 @@ def main(arguments: Sequence[str]) -> int:
             _complain(mistake or problem)
         return 2
     install_excepthooks(topology)
+    # From the start, so that a warning that comes while data load is not lost (nor ends this rank alone).
+    stop = _stop_request()
     try:
         config = topology.agree(lambda: _parsed(config, mistake))
-        finished = _train(topology, config, explicit)
+        finished = _train(topology, config, explicit, stop)
     except ConfigError as problem:
         if problem.rank is None and topology.size > 1:
             raise
@@ -77,6 +84,14 @@ def main(arguments: Sequence[str]) -> int:
             _complain(problem)
         return 2
     return 0 if finished else PREEMPTED
+
+
+def _stop_request() -> Callable[[], bool]:
+    """Have SIGUSR1 ask for a stop, and return the function that says whether it did."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
+    return asked.is_set
 
 
 def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
@@ -89,14 +104,14 @@ def _complain(problem: ConfigError) -> None:
     print(f"allreduce-sgd: error: {problem}", file=sys.stderr, flush=True)
 
 
-def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> bool:
+def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: Callable[[], bool]) -> bool:
     """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
     import torch
 
     from allreduce_sgd.comm.factory import connect
     from allreduce_sgd.data.registry import load_dataset
     from allreduce_sgd.data.sampling import EpochSampler
-    from allreduce_sgd.metrics import write_json
+    from allreduce_sgd.metrics import check_tensorboard, write_json
     from allreduce_sgd.models.losses import build_loss
     from allreduce_sgd.models.registry import build_model
     from allreduce_sgd.optim.build import build_optimizer
@@ -128,7 +143,9 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> bool
     if topology.rank > 0:
         # Rank 0 goes on with the generator that built the model, as a serial program does; the others draw their own.
         torch.manual_seed(config.training.seed + 1_000_003 * topology.rank)
+    topology.agree(lambda: _check_fit(model, loss, dataset, device))
     optimizer = topology.agree(lambda: build_optimizer(config.optimizer, model.parameters()))
+    topology.agree(lambda: check_tensorboard(config.run.tensorboard))
     comm = topology.agree(lambda: connect(topology, device, config.communication))
     try:
         claimed = topology.agree(
@@ -142,16 +159,15 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str]) -> bool
             )
             schedule = build_schedule(config.optimizer, optimizer, total_steps)
             trainer = Trainer(
-                config, comm, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log
+                config, comm, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log, stop
             )
             if checkpoint is not None:
                 own = None
                 if checkpoint.world_size == topology.size:
                     own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
                 trainer.load_state_dict(saved, own)
-                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}")
+                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{_differences(saved, trainer)}")
             _announce(topology, config, trainer, torch.get_num_threads(), folder)
-            signal.signal(signal.SIGUSR1, lambda number, frame: trainer.ask_to_stop())
             summary = trainer.fit()
             if summary is None:
                 _say(topology, f"stopped at step {trainer.step}; go on with --resume {folder}")
@@ -182,16 +198,50 @@ def _find_checkpoint(config: Config) -> "Checkpoint | None":
 
 
 def _resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, Any], same_size: bool) -> Config:
+    """Return the configuration that the checkpoint was trained with, changed by the flags that may change it."""
     before, now = saved["configuration"], config.flat()
     for name in sorted(explicit - _CHANGEABLE_ON_RESUME):
         if before.get(name) != now[name]:
-            raise ConfigError(
-                f"--{name} {now[name]}: the run being resumed has {before.get(name)}; start a new run to change it"
-            )
+            has = "its default" if before.get(name) is None else before[name]
+            raise ConfigError(f"--{name} {now[name]}: the run being resumed has {has}; start a new run to change it")
+    values = {**before, "output": None, **{name: now[name] for name in explicit}}
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given in explicit:
+            values[other] = None
     if same_size and "algorithm" not in explicit and saved["algorithm"] is not None:
-        communication = dataclasses.replace(config.communication, algorithm=saved["algorithm"])
-        return dataclasses.replace(config, communication=communication)
-    return config
+        values["algorithm"] = saved["algorithm"]
+    if not same_size:
+        # So that config.toml, run again on these ranks, is the same training.
+        values["batch-size"], values["global-batch-size"] = None, saved["global_batch_size"]
+    return config_from(values)
+
+
+def _differences(saved: dict[str, Any], trainer: "Trainer") -> str:
+    """Say what keeps a resumed run from being bit-identical to an undisturbed one."""
+    import torch
+
+    present = {"ranks": trainer.comm.size, "threads": torch.get_num_threads(), "backend": trainer.comm.backend}
+    present |= {name: trainer.config.flat()[name] for name in ("bucket-mb", "first-bucket-mb")}
+    before = {"ranks": saved["world_size"], "threads": saved["threads"], "backend": saved["backend"]}
+    before |= {name: saved["configuration"][name] for name in ("bucket-mb", "first-bucket-mb")}
+    changes = [f"{name} {before[name]} -> {now}" for name, now in present.items() if before[name] != now]
+    return f" (sums will round differently: {', '.join(changes)})" if changes else ""
+
+
+def _check_fit(model: "nn.Module", loss: "Loss", dataset: "Dataset", device: "torch.device") -> None:
+    """Raise ConfigError if the model cannot take the data set's samples or the loss not its outputs."""
+    import torch
+
+    inputs, targets = dataset.train.batch(torch.arange(min(2, len(dataset.train))))
+    model.eval()
+    try:
+        with torch.no_grad():
+            loss(model(inputs.to(device)), targets.to(device))
+    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
+        why = " ".join(str(problem).split())
+        raise ConfigError(f"--model: it cannot take the samples of --dataset {dataset.name}: {why}") from problem
+    finally:
+        model.train()
 
 
 def _download(topology: Topology, config: Config) -> None:
@@ -208,7 +258,7 @@ def _download(topology: Topology, config: Config) -> None:
                 show = topology.rank == 0 and sys.stderr.isatty()
                 fetch(missing, data_folder(config.data), show, _DOWNLOAD_SECONDS)
 
-        topology.agree(fetch_missing)
+        topology.agree(fetch_missing, _DOWNLOAD_WAIT_SECONDS)
 
 
 def _global_batch_size(config: Config, topology: Topology, dataset: "Dataset", saved: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from allreduce_sgd import checkpoint
 from allreduce_sgd.comm.base import Communicator
@@ -44,7 +44,8 @@ class Trainer:
     """Trains by `strategy` until the configured end. All ranks construct it and call `fit` together.
 
     `folder` is where checkpoints go, None for none; `log` is rank 0's, None on other ranks or for no log;
-    `total_steps` is the end, in optimizer steps.
+    `total_steps` is the end, in optimizer steps. Where `stop_asked` says yes on any rank at a logged step, all ranks
+    write a checkpoint and stop.
     """
 
     def __init__(
@@ -55,11 +56,12 @@ class Trainer:
         dataset: Dataset,
         loss: Loss,
         strategy: Strategy,
-        schedule: LRScheduler,
+        schedule: LambdaLR,
         sampler: EpochSampler,
         total_steps: int,
         folder: Path | None,
         log: MetricsLog | None,
+        stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.config = config
         self.comm = comm
@@ -72,26 +74,22 @@ class Trainer:
         self.total_steps = total_steps
         self.folder = folder
         self.log = log
+        self.stop_asked = stop_asked
         self.step = 0
         self.samples = 0
         self.reached_target = False
         self.preempted = False
         self.evaluation: Evaluation | None = None
-        self._stop_asked = False
         self._watch = Stopwatch(comm, device)
         self._tally = Tally()
         self._epoch_totals = Totals()
         self._train_loss: float | None = None
         self._logged = (0, 0.0)
 
-    def ask_to_stop(self) -> None:
-        """Have all ranks write a checkpoint and stop at the next logged step; may be called from a signal handler."""
-        self._stop_asked = True
-
     def fit(self) -> dict[str, Any] | None:
         """Train to the end, and return the figures of the summary. The model then is the consensus of all ranks.
 
-        Returns None where `ask_to_stop` on any rank ended training before: then the last checkpoint holds everything.
+        Returns None where `stop_asked` ended training before: then the last checkpoint holds everything.
         """
         self.strategy.model.train()
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
@@ -122,13 +120,13 @@ class Trainer:
             "samples": self.samples,
             "global_batch_size": self.sampler.global_batch_size,
             "threads": torch.get_num_threads(),
+            "world_size": self.comm.size,
             "backend": self.comm.backend,
             "algorithm": self.comm.algorithm,
             "configuration": self.config.flat(),
             "watch": self._watch.state_dict(),
             "epoch_totals": list(vars(self._epoch_totals).values()),
             "train_loss": self._train_loss,
-            "reached_target": self.reached_target,
             "evaluation": None if self.evaluation is None else list(vars(self.evaluation).values()),
         }
         return shared, {"random": random_state(self.device), "strategy": self.strategy.state_dict()}
@@ -142,9 +140,15 @@ class Trainer:
         self._watch.load_state_dict(shared["watch"])
         self._epoch_totals = Totals(*shared["epoch_totals"])
         self._train_loss = shared["train_loss"]
-        self.reached_target = shared["reached_target"]
         if shared["evaluation"] is not None:
             self.evaluation = Evaluation(*shared["evaluation"])
+            # By the present options: a resumed run may have another target.
+            self.reached_target = self._reaches_target(self.evaluation)
+        for group, base, factor in zip(
+            self.strategy.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
+        ):
+            # The saved rate is that of the old end of training, which a resumed run may have moved.
+            group["lr"] = base * factor(self.schedule.last_epoch)
         if own is None:
             self.strategy.restart()
             torch.manual_seed(self.config.training.seed + 1_000_003 * (1 + self.comm.rank) + self.step)
@@ -158,7 +162,8 @@ class Trainer:
             self._train_one_step()
             display.step(1)
             epoch_ended = self.step % self.sampler.steps_per_epoch == 0
-            if self.step % self.config.run.log_every == 0 or epoch_ended or self.step == self.total_steps:
+            # Also before a checkpoint: what is not yet logged would be missing from a resumed run's figures.
+            if self.step % self.config.run.log_every == 0 or epoch_ended or self._checkpoint_due():
                 self._log_training(display, epoch_ended)
             if self._evaluation_due() or self._checkpoint_due():
                 return
@@ -196,7 +201,7 @@ class Trainer:
             return outputs, targets, self.loss(outputs, targets)
 
     def _log_training(self, display: Display, epoch_ended: bool) -> None:
-        totals, self.preempted = self._tally.reduce(self.comm, self._stop_asked)
+        totals, self.preempted = self._tally.reduce(self.comm, self.stop_asked())
         self._epoch_totals += totals
         if epoch_ended or self._train_loss is None or self.step < self.sampler.steps_per_epoch:
             self._train_loss = self._epoch_totals.mean_loss
@@ -204,7 +209,7 @@ class Trainer:
         seconds = self._watch.train_seconds
         self._logged = (self.samples, seconds)
         speed = (self.samples - samples_before) / max(seconds - seconds_before, 1e-9)
-        display.figures(totals.mean_loss, totals.accuracy, speed)
+        display.figures(self.step, totals.mean_loss, totals.accuracy, speed)
         values = {
             "loss": totals.mean_loss,
             "accuracy": totals.accuracy,
@@ -230,12 +235,7 @@ class Trainer:
         totals, _ = tally.reduce(self.comm)
         test_loss = float("nan") if totals.mean_loss is None else totals.mean_loss
         self.evaluation = Evaluation(self.step, test_loss, totals.accuracy)
-        options = self.config.training
-        self.reached_target |= (
-            options.target_accuracy is not None
-            and totals.accuracy is not None
-            and totals.accuracy >= options.target_accuracy
-        ) or (options.target_loss is not None and test_loss <= options.target_loss)
+        self.reached_target |= self._reaches_target(self.evaluation)
         self._write("evaluation", {"test_loss": test_loss, "test_accuracy": totals.accuracy})
         if display is not None:
             accuracy = "" if totals.accuracy is None else f"   test accuracy {100 * totals.accuracy:6.2f} %"
@@ -247,6 +247,11 @@ class Trainer:
     @property
     def epochs(self) -> float:
         return self.step / self.sampler.steps_per_epoch
+
+    def _reaches_target(self, evaluation: Evaluation) -> bool:
+        accuracy, loss = self.config.training.target_accuracy, self.config.training.target_loss
+        accurate = accuracy is not None and (evaluation.test_accuracy or 0.0) >= accuracy
+        return accurate or (loss is not None and evaluation.test_loss <= loss)
 
     def _evaluation_due(self) -> bool:
         every = self.config.training.evaluate_every or self.sampler.steps_per_epoch

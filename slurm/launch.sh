@@ -38,8 +38,12 @@ choose_output() { # ARGUMENTS...: sets output
     for word in "$@"; do
         [[ $word != --output && $word != --output=* && $word != --resume && $word != --resume=* ]] || return 0
     done
-    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -d $folder ]]; then
+    if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e $folder/checkpoints/latest ]]; then
         output=(--resume "$folder")
+    elif ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -d $folder ]]; then
+        # It ended before its first checkpoint: nothing to go on from, and a used folder would be refused.
+        mv "$folder" "$folder.before-restart-$SLURM_RESTART_COUNT"
+        output=(--output "$folder")
     else
         output=(--output "$folder")
     fi

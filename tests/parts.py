@@ -55,7 +55,7 @@ class _Failing(nn.Module):
         self.everywhere = everywhere
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.steps += 1
+        self.steps += self.training
         if self.steps == 3 and (_rank() == 1 or self.everywhere):
             if self.in_thread:
                 threading.Thread(target=self._fail, name="reader").start()
@@ -90,7 +90,7 @@ class _SilentRank(nn.Module):
         self.steps = 0
 
     def forward(self, inputs: Tensor) -> Tensor:
-        self.steps += 1
+        self.steps += self.training
         if self.steps == 3 and _rank() == 1:
             time.sleep(60)
         return self.layer(inputs.flatten(1))
@@ -98,6 +98,14 @@ class _SilentRank(nn.Module):
 
 def silent_rank(classes: int) -> nn.Module:
     return _SilentRank(classes)
+
+
+def wrong_width(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, classes + 1))
+
+
+def wrong_input(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(63, classes))
 
 
 def forgetful_model(classes: int) -> nn.Module:

@@ -99,6 +99,30 @@ def test_on_other_ranks_it_goes_on_at_the_same_samples(tmp_path: Path, strategy:
     assert summary_of(tmp_path / "half")["steps"] == 50
 
 
+def test_another_target_or_end_on_resume_counts(tmp_path: Path) -> None:
+    flags = ["--evaluate-every", "10", "--log-every", "7", "--lr-schedule", "linear"]
+    short = train(1, tmp_path / "short", *flags, "--steps", "40", "--target-accuracy", "0.5")
+    assert short["reached_target"]
+    assert short["steps"] < 40
+    done = mpirun(1, [*TRAIN, "--resume", str(tmp_path / "short"), "--target-accuracy", "1", "--steps", "80"])
+    assert done.status == 0, done.errors
+    longer = summary_of(tmp_path / "short")
+    assert (longer["steps"], longer["reached_target"]) == (80, False)
+    rates = {line["step"]: line["learning_rate"] for line in lines_of(tmp_path / "short") if line["event"] == "train"}
+    assert rates[70] == pytest.approx(0.05 * 10 / 80)
+    assert all(rate > 0 for step, rate in rates.items() if step < 80)
+
+
+def test_figures_do_not_depend_on_where_a_run_was_interrupted(tmp_path: Path) -> None:
+    flags = ["--log-every", "10", "--checkpoint-every", "7"]
+    whole = train(1, tmp_path / "whole", *flags, "--steps", "24")
+    train(1, tmp_path / "part", *flags, "--steps", "14")
+    done = mpirun(1, [*TRAIN, "--resume", str(tmp_path / "part"), "--steps", "24"])
+    assert done.status == 0, done.errors
+    assert summary_of(tmp_path / "part")["train_loss"] == whole["train_loss"]
+    assert losses(tmp_path / "part") == losses(tmp_path / "whole")
+
+
 def refused(folder: Path, *flags: str) -> str:
     done = mpirun(2, [*TRAIN, "--resume", str(folder), *flags])
     assert done.status == 2
@@ -109,7 +133,7 @@ def refused(folder: Path, *flags: str) -> str:
 def test_what_a_resumed_run_cannot_do_is_refused(tmp_path: Path) -> None:
     flags = ["--checkpoint-every", "5", "--steps", "10"]
     summary: dict[str, Any] = train(2, tmp_path / "run", *flags)
-    assert "--lr 0.5: the run being resumed has None; start a new run to change it" in refused(
+    assert "--lr 0.5: the run being resumed has its default; start a new run to change it" in refused(
         tmp_path / "run", "--lr", "0.5"
     )
     assert "--global-batch-size 32" in refused(tmp_path / "run", "--global-batch-size", "32")

@@ -237,9 +237,14 @@ class _StagedWork:
     def __init__(self, work: Work, device_buffer: Tensor) -> None:
         self._work = work
         self._device_buffer = device_buffer
+        self._copied = False
 
     def wait(self, timeout: float | None = None) -> Tensor:
-        return self._device_buffer.copy_(self._work.wait(timeout))
+        host = self._work.wait(timeout)
+        if not self._copied:
+            self._device_buffer.copy_(host)
+            self._copied = True
+        return self._device_buffer
 
     def done(self) -> bool:
         return self._work.done()

@@ -7,7 +7,7 @@ import torch
 
 from allreduce_sgd.comm.base import Communicator
 
-__all__ = ["all_gather_object", "broadcast_object"]
+__all__ = ["all_gather_object"]
 
 
 def all_gather_object(comm: Communicator, value: Any) -> list[Any]:
@@ -21,15 +21,3 @@ def all_gather_object(comm: Communicator, value: Any) -> list[Any]:
     table[comm.rank, : len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
     comm.all_gather(table.view(-1)).wait()
     return [json.loads(bytes(row[:length].tolist())) for row, length in zip(table, lengths.tolist(), strict=True)]
-
-
-def broadcast_object(comm: Communicator, value: Any, root: int = 0) -> Any:
-    """Return rank `root`'s JSON-representable `value` on every rank. All ranks must call."""
-    text = json.dumps(value).encode() if comm.rank == root else b""
-    length = torch.tensor([len(text)])
-    comm.broadcast(length, root).wait()
-    data = torch.zeros(int(length), dtype=torch.uint8)
-    if comm.rank == root:
-        data = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-    comm.broadcast(data, root).wait()
-    return json.loads(bytes(data.tolist()))

@@ -20,5 +20,8 @@ class CommunicationOptions:
     )
     algorithm: str = option("auto", "all-reduce algorithm of the mpi back end; auto takes ring", choices=ALGORITHMS)
     timeout_seconds: float = option(
-        300.0, "deadline of every wait for other ranks; past it the job ends and says what it waited for", above=0
+        300.0,
+        "deadline of every wait for other ranks; past it the job ends and says what it waited for",
+        above=0,
+        maximum=1e6,
     )

@@ -56,9 +56,12 @@ class Operation:
             return next(self._program)
         except StopIteration:
             pass
-        except Exception as problem:
-            self.error = CommunicationError(f"{self.name} failed: {problem}")
+        except BaseException as problem:
+            self.error = CommunicationError(f"{self.name} failed: {problem!r}")
             self.error.__cause__ = problem
+            if not isinstance(problem, Exception):
+                self.finished = True
+                raise
         self._traffic.busy_seconds += time.perf_counter() - self._started_seconds
         self.finished = True
         return True
@@ -158,7 +161,7 @@ class ProgressEngine:
         try:
             while not operation.finished:
                 left = deadline_seconds - time.perf_counter()
-                if left <= 0 or not self.lock.acquire(timeout=left):
+                if left <= 0 or not self.lock.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
                     return False
                 try:
                     moved = self._advance()

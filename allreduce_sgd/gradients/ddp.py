@@ -54,8 +54,7 @@ class DistributedDataParallel(nn.Module):
         self._reducer = Reducer(trainable, comm, bucket_mb, first_bucket_mb)
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
-        if self.comm.size > 1 and self.broadcast_buffers and self.training and self._synchronised:
-            broadcast_tensors(self.module.buffers(), self.comm)
+        self._follow_buffers()
         return self.module(*inputs, **named_inputs)
 
     @contextmanager
@@ -82,10 +81,15 @@ class DistributedDataParallel(nn.Module):
     def reduce_without_backward(self) -> None:
         """Take part in this step's reductions with what `.grad` holds now, zeros where it is None.
 
-        For a rank without samples in a step in which the other ranks run a synchronised backward pass.
+        For a rank without samples, while the other ranks run one forward and one synchronised backward pass.
         """
         if self._reducer is not None:
+            self._follow_buffers()
             self._reducer.reduce_now()
+
+    def _follow_buffers(self) -> None:
+        if self.comm.size > 1 and self.broadcast_buffers and self.training and self._synchronised:
+            broadcast_tensors(self.module.buffers(), self.comm)
 
     def _switch(self, synchronised: bool) -> None:
         self._synchronised = synchronised

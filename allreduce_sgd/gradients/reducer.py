@@ -12,6 +12,7 @@ hanging the peers; buckets are sized the same in the first pass as later, so the
 Bytes per rank and step: those of the communicator's all-reduce for every bucket.
 """
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -47,10 +48,14 @@ class Reducer:
         trainable = [parameter for _, parameter in parameters]
         self.buckets = build_buckets(trainable, comm, first_bucket_mb * 2**20, bucket_mb * 2**20)
         self._works: list[Work] = []
+        self._abandoned: list[Work] = []
         self._arrived: set[nn.Parameter] = set()
-        for bucket in self.buckets:
+        # Weakly: hooks live as long as the parameters, and must not act for a wrapper that is gone.
+        alive = weakref.ref(self)
+        for index, bucket in enumerate(self.buckets):
             for position, parameter in enumerate(bucket.parameters):
-                parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, bucket, position))
+                hook = parameter.register_post_accumulate_grad_hook(partial(_forward_to, alive, index, position))
+                weakref.finalize(self, hook.remove)
 
     def reduce_now(self) -> None:
         """Reduce what `.grad` holds, zeros where it is None, without a backward pass.
@@ -58,6 +63,7 @@ class Reducer:
         For a rank that has no samples in this step, so that its peers do not wait for it. Takes part in the same
         reductions as a backward pass on the other ranks.
         """
+        self._begin()
         with torch.no_grad():
             for bucket in self.buckets:
                 for position, parameter in enumerate(bucket.parameters):
@@ -65,9 +71,10 @@ class Reducer:
                 self._launch(bucket)
         self._await()
 
-    def _on_gradient(self, bucket: Bucket, position: int, parameter: nn.Parameter) -> None:
+    def _on_gradient(self, index: int, position: int, parameter: nn.Parameter) -> None:
         if not self.enabled:
             return
+        bucket = self.buckets[index]
         if parameter in self._arrived:
             self._reset()
             raise RuntimeError(
@@ -81,6 +88,7 @@ class Reducer:
                 "gradients is not itself differentiable"
             )
         if not self._arrived:
+            self._begin()
             _queue_callback(self._finish)
         self._arrived.add(parameter)
         self._place(bucket, position, parameter)
@@ -99,6 +107,12 @@ class Reducer:
             slot.mul_(self.weight)
         if gradient is not slot:
             parameter.grad = slot
+
+    def _begin(self) -> None:
+        """Let the reductions of a backward pass that raised end: their buckets are about to be written again."""
+        while self._abandoned:
+            self._abandoned[0].wait()
+            self._abandoned.pop(0)
 
     def _launch(self, bucket: Bucket) -> None:
         self._works.append(self._comm.all_reduce(bucket.buffer))
@@ -122,10 +136,17 @@ class Reducer:
             self._reset()
 
     def _reset(self) -> None:
+        self._abandoned += [work for work in self._works if not work.done()]
         self._works = []
         self._arrived = set()
         for bucket in self.buckets:
             bucket.waiting_for = len(bucket.parameters)
+
+
+def _forward_to(alive: "weakref.ref[Reducer]", index: int, position: int, parameter: nn.Parameter) -> None:
+    reducer = alive()
+    if reducer is not None:
+        reducer._on_gradient(index, position, parameter)
 
 
 def _queue_callback(function: Callable[[], None]) -> None:

@@ -52,7 +52,8 @@ if flag == "--resume":
 warned = []
 signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
 if rank == 0:
-    folder.mkdir(parents=True)
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "latest").write_text("step-00000001")
 MPI.COMM_WORLD.Barrier()
 print(f"rank {rank} runs", flush=True)
 deadline = time.monotonic() + 60

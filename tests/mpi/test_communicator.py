@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from allreduce_sgd.comm.base import Communicator, ReduceOp
-from allreduce_sgd.comm.objects import all_gather_object, broadcast_object
+from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
 from allreduce_sgd.schedules.step import chunk
 
@@ -110,7 +110,7 @@ def test_all_gather(any_comm: Communicator, dtype: torch.dtype) -> None:
         torch.testing.assert_close(buffer, wanted, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reduce_scatter(any_comm: Communicator, dtype: torch.dtype) -> None:
     for length in lengths(any_comm.size):
         buffer = contribution(any_comm.rank, length, dtype, any_comm)
@@ -140,7 +140,7 @@ def test_messages_in_a_circle_beside_collectives(any_comm: Communicator) -> None
         pytest.skip("needs a second rank")
     right, left = (any_comm.rank + 1) % any_comm.size, (any_comm.rank - 1) % any_comm.size
     device = device_of(any_comm)
-    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+    for dtype in (*FLOATS, *INTEGERS, torch.complex64):
         collective = any_comm.all_reduce(torch.ones(5, device=device))
         arrived = torch.zeros(33, dtype=dtype, device=device)
         receive = any_comm.receive(arrived, left, tag=7)
@@ -180,6 +180,25 @@ def test_non_contiguous_and_sparse_tensors_are_refused_clearly(any_comm: Communi
             operation(scattered)
         with pytest.raises(ValueError, match="cannot be sent"):
             operation(torch.eye(3).to_sparse())
+
+
+def test_non_contiguous_messages_are_refused_clearly(any_comm: Communicator) -> None:
+    if any_comm.backend == "single":
+        pytest.skip("has no peers")
+    scattered = torch.zeros(4, 6, device=device_of(any_comm)).t()
+    with pytest.raises(ValueError, match="contiguous"):
+        any_comm.send(scattered, 0)
+    with pytest.raises(ValueError, match="contiguous"):
+        any_comm.receive(scattered, 0)
+
+
+def test_allocated_memory_is_zeroed_and_reduces(any_comm: Communicator) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        buffer = any_comm.allocate(33, dtype, device_of(any_comm))
+        assert (buffer.shape, buffer.dtype, float(buffer.abs().sum())) == ((33,), dtype, 0.0)
+        buffer.fill_(1)
+        any_comm.all_reduce(buffer).wait()
+        assert buffer.tolist() == [any_comm.size] * 33
 
 
 def test_tensors_that_require_gradients_are_taken_as_data(any_comm: Communicator) -> None:
@@ -268,5 +287,3 @@ def test_a_peer_that_does_not_exist_is_refused(any_comm: Communicator) -> None:
 def test_values_travel_as_objects(any_comm: Communicator) -> None:
     values = all_gather_object(any_comm, {"rank": any_comm.rank, "text": "é" * any_comm.rank})
     assert values == [{"rank": rank, "text": "é" * rank} for rank in range(any_comm.size)]
-    last = any_comm.size - 1
-    assert broadcast_object(any_comm, [any_comm.rank, None], root=last) == [last, None]
