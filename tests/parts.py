@@ -131,3 +131,15 @@ def course_samples() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     inputs = torch.randn(101, 2, generator=generator)
     targets = 2 * inputs[:, 0] - inputs[:, 1] + 0.1 * torch.randn(101, generator=generator)
     return (inputs, targets), (inputs[:31], targets[:31])
+
+
+def course_pairs() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Four samples of a line through the origin, from the course."""
+    part = (torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]]), torch.tensor([1.0, 1.0, -1.0, -1.0]))
+    return part, part
+
+
+def zero_line() -> nn.Module:
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.zeros_(model.weight)
+    return model

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from allreduce_sgd.checkpoint import find
 from allreduce_sgd.command_line import parse
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.data.registry import load_dataset
@@ -178,6 +179,22 @@ def test_help_is_printed_once_and_the_console_script_is_the_module() -> None:
     if not scripts:
         pytest.skip("the package is not installed")
     assert {script.value for script in scripts} == {"allreduce_sgd.train:run"}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "batch", "courses"), [(None, 1, [(0.0, 1.0), (0.0, 1.0)]), (2, 2, [(0.5, 1.0), (-0.25, 1.0)])]
+)
+def test_golden_course_example(
+    tmp_path: Path, ranks: int | None, batch: int, courses: list[tuple[float, float]]
+) -> None:
+    """f(x) = w.x, squared loss, step 0.5, from (0, 0), through the whole program; a seed that keeps the order."""
+    kept = next(seed for seed in range(1000) if EpochSampler(4, batch, seed).permutation(0).tolist() == [0, 1, 2, 3])
+    flags = ["--dataset", "tests.parts:course_pairs", "--model", "tests.parts:zero_line", "--loss", "mse"]
+    flags += ["--lr", "0.5", "--momentum", "0", "--global-batch-size", str(batch), "--checkpoint-every", "1"]
+    train(ranks, tmp_path / "run", *flags, "--steps", "2", "--seed", str(kept))
+    for step, expected in enumerate(courses, start=1):
+        saved = find(tmp_path / "run" / "checkpoints" / f"step-{step:08d}").shared()["model"]["weight"]
+        assert tuple(saved[0].tolist()) == expected
 
 
 @pytest.mark.timeout(600)
