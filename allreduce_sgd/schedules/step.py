@@ -3,7 +3,13 @@
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-__all__ = ["NOTHING", "Schedule", "Step", "chunk"]
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["NOTHING", "Column", "Columnar", "Schedule", "Step", "chunk"]
+
+Integers = npt.NDArray[np.int64]
+Booleans = npt.NDArray[np.bool_]
 
 NOTHING = slice(0, 0)
 
@@ -24,6 +30,29 @@ class Step(NamedTuple):
 
 Schedule = Callable[[int, int, int], Iterator[Step]]
 """(rank, size, length) -> the steps of that rank."""
+
+
+class Column(NamedTuple):
+    """One round of all ranks at once: arrays of shape (size,), entry r being what rank r does.
+
+    Every send of a round meets its receive in the same round. Where `sends` (`receives`) is False the rank does not
+    send (receive) in this round, and the entries of that half mean nothing; a rank with neither is idle and has no
+    step in this round.
+    """
+
+    sends: Booleans
+    send_to: Integers
+    send_start: Integers
+    send_stop: Integers
+    receives: Booleans
+    recv_from: Integers
+    recv_start: Integers
+    recv_stop: Integers
+    reduce: Booleans
+
+
+Columnar = Callable[[int, int], Iterator[Column]]
+"""(size, length) -> the rounds; row r of them, without the idle ones, is the Schedule of rank r."""
 
 
 def chunk(length: int, parts: int, index: int) -> slice:
