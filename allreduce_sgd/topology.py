@@ -8,6 +8,7 @@ starts N separate runs, each of size one, with status 0), and that is refused.
 Importing `mpi4py.MPI` initialises MPI, so it happens inside `discover`, and only where a launcher is at work.
 """
 
+import contextlib
 import itertools
 import os
 import pickle
@@ -27,7 +28,7 @@ from allreduce_sgd.errors import CommunicationTimeout, ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Topology", "announced_size", "discover", "launcher_rank"]
+__all__ = ["Topology", "announced_size", "discover", "launcher_rank", "remove_abandoned"]
 
 T = TypeVar("T")
 
@@ -36,6 +37,8 @@ _LAUNCHERS = (
     ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
     ("MPICH", "PMI_SIZE", "PMI_RANK"),
 )
+# As MPICH 5 and Open MPI 5 name their shared memory.
+_MPI_FILES = ("mpich_shm_*", "sm_segment.*", "osc_sm.*", "ucx_shm_*")
 _SLURM = ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID")
 
 
@@ -211,6 +214,8 @@ def discover(
             f"Open MPI)"
         )
     node_comm = world.Split_type(MPI.COMM_TYPE_SHARED, key=world.Get_rank())
+    if node_comm.Get_rank() == 0:
+        remove_abandoned(Path("/dev/shm"), Path("/proc"), time.time())
     _unlink_shared_memory(node_comm)
     leaders = world.allgather(node_comm.bcast(world.Get_rank(), root=0))
     nodes = sorted(set(leaders))
@@ -245,6 +250,31 @@ def _unlink_shared_memory(node_comm: Any) -> None:
             if name.startswith("/dev/shm/mpich_shm_"):
                 Path(name).unlink(missing_ok=True)
     node_comm.Barrier()
+
+
+def remove_abandoned(folder: Path, processes: Path, now_seconds: float) -> list[Path]:
+    """Remove what MPI libraries left in `folder` (/dev/shm) when a job was killed, and return the files.
+
+    Our own shared memory has no names (`comm/shared_memory.py`), and MPICH's lose theirs in `discover`; but a job
+    killed before that, or killed under Open MPI, leaves its files. Those go that belong to this user, are older than a
+    minute (a starting job has made its files, but not all its ranks have mapped them yet), and that no process maps.
+    """
+    try:
+        found = [path for pattern in _MPI_FILES for path in folder.glob(pattern)]
+        old = [path for path in found if path.stat().st_uid == os.getuid() and now_seconds - path.stat().st_mtime > 60]
+        if not old:
+            return []
+        used: set[str] = set()
+        for maps in processes.glob("[0-9]*/maps"):
+            # Processes that end meanwhile, and other users', cannot be read; these do not map files of this user.
+            with contextlib.suppress(OSError):
+                used |= {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    except OSError:
+        return []
+    abandoned = [path for path in old if str(path) not in used]
+    for path in abandoned:
+        path.unlink(missing_ok=True)
+    return abandoned
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

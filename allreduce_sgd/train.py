@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from allreduce_sgd.checkpoint import Checkpoint
+    from allreduce_sgd.comm.choice import Choice
     from allreduce_sgd.data.split import Dataset
     from allreduce_sgd.metrics import MetricsLog
     from allreduce_sgd.models.losses import Loss
@@ -39,7 +40,8 @@ _DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 
 _CHANGEABLE_ON_RESUME = frozenset(
     "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
-    "tensorboard backend algorithm bucket-mb first-bucket-mb timeout-seconds device threads data-dir".split()
+    "tensorboard backend algorithm deterministic verbose bucket-mb first-bucket-mb timeout-seconds device threads "
+    "data-dir".split()
 )
 
 
@@ -146,7 +148,8 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     topology.agree(lambda: _check_fit(model, loss, dataset, device))
     optimizer = topology.agree(lambda: build_optimizer(config.optimizer, model.parameters()))
     topology.agree(lambda: check_tensorboard(config.run.tensorboard))
-    comm = topology.agree(lambda: connect(topology, device, config.communication))
+    table = topology.agree(lambda: _saved_choice(saved, topology, explicit))
+    comm = topology.agree(lambda: connect(topology, device, config.communication, table))
     try:
         claimed = topology.agree(
             lambda: claim(config, topology.size, saved.get("step", 0)) if topology.rank == 0 else None
@@ -208,12 +211,20 @@ def _resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, A
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in explicit:
             values[other] = None
-    if same_size and "algorithm" not in explicit and saved["algorithm"] is not None:
-        values["algorithm"] = saved["algorithm"]
     if not same_size:
         # So that config.toml, run again on these ranks, is the same training.
         values["batch-size"], values["global-batch-size"] = None, saved["global_batch_size"]
     return config_from(values)
+
+
+def _saved_choice(saved: dict[str, Any], topology: Topology, explicit: frozenset[str]) -> "Choice | None":
+    """Return the resumed run's table of algorithms, None where this run has to find its own."""
+    from allreduce_sgd.comm.choice import Choice
+
+    table = saved.get("algorithm_table")
+    if table is None or saved["world_size"] != topology.size or explicit & {"algorithm", "deterministic"}:
+        return None
+    return Choice.from_lists(table)
 
 
 def _differences(saved: dict[str, Any], trainer: "Trainer") -> str:
@@ -307,6 +318,10 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: i
         f"mini-batch {trainer.sampler.global_batch_size}; {trainer.total_steps:,} steps\n"
         f"results in {folder}",
     )
+    if config.communication.verbose:
+        for index, n_bytes in enumerate(trainer.strategy.message_bytes()):
+            how = trainer.comm.describe_algorithm(n_bytes) or trainer.comm.backend
+            _say(topology, f"bucket {index}: {n_bytes:,} bytes by {how}")
 
 
 def _count(number: int, what: str) -> str:

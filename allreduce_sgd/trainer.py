@@ -123,6 +123,7 @@ class Trainer:
             "world_size": self.comm.size,
             "backend": self.comm.backend,
             "algorithm": self.comm.algorithm,
+            "algorithm_table": self.comm.algorithm_table,
             "configuration": self.config.flat(),
             "watch": self._watch.state_dict(),
             "epoch_totals": list(vars(self._epoch_totals).values()),

@@ -1,12 +1,14 @@
 """What the launchers' variables mean, which device and how many threads a rank takes."""
 
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from allreduce_sgd.errors import ConfigError
-from allreduce_sgd.topology import Topology, announced_size, discover, launcher_rank
+from allreduce_sgd.topology import Topology, announced_size, discover, launcher_rank, remove_abandoned
 
 
 @pytest.mark.parametrize(
@@ -95,3 +97,21 @@ def test_threads_share_the_cores_unless_the_user_said_otherwise(monkeypatch: pyt
     assert Topology(cores=16, local_size=4).threads_per_rank() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert Topology(cores=16, local_size=4).threads_per_rank() == 7
+
+
+def test_files_of_killed_jobs_are_removed_and_those_in_use_are_not(tmp_path: Path) -> None:
+    folder, processes = tmp_path / "shm", tmp_path / "proc"
+    (processes / "17").mkdir(parents=True)
+    folder.mkdir()
+    for name in ("mpich_shm_1_0", "sm_segment.host.0.1", "mpich_shm_used_0", "somebody_elses"):
+        (folder / name).touch()
+    line = f"7f0000000000-7f0000100000 rw-s 00000000 00:1a 5    {folder / 'mpich_shm_used_0'}\n"
+    (processes / "17" / "maps").write_text(line)
+    assert remove_abandoned(folder, processes, time.time()) == []
+    removed = remove_abandoned(folder, processes, time.time() + 61)
+    assert {path.name for path in removed} == {"mpich_shm_1_0", "sm_segment.host.0.1"}
+    assert {path.name for path in folder.iterdir()} == {"mpich_shm_used_0", "somebody_elses"}
+
+
+def test_a_machine_without_shared_memory_files_has_nothing_to_remove(tmp_path: Path) -> None:
+    assert remove_abandoned(tmp_path / "none", tmp_path, 0.0) == []

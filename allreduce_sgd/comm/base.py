@@ -12,7 +12,16 @@ from typing import NoReturn, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Communicator", "FinishedWork", "ReduceOp", "Traffic", "Work", "check_buffer", "check_reduction"]
+__all__ = [
+    "AlgorithmTable",
+    "Communicator",
+    "FinishedWork",
+    "ReduceOp",
+    "Traffic",
+    "Work",
+    "check_buffer",
+    "check_reduction",
+]
 
 
 class ReduceOp(enum.Enum):
@@ -23,6 +32,10 @@ class ReduceOp(enum.Enum):
     MIN = "min"
     MAX = "max"
     PRODUCT = "product"
+
+
+AlgorithmTable = list[list[list[int | str | None]]]
+"""See comm/choice.py."""
 
 
 @dataclass
@@ -82,14 +95,29 @@ class Communicator(Protocol):
     def algorithm(self) -> str | None:
         """The name of the all-reduce algorithm, None where the back end does not tell."""
 
+    @property
+    def algorithm_table(self) -> AlgorithmTable | None:
+        """Which algorithm serves which size, in the form in which JSON keeps it; None where there is no such table."""
+
+    def describe_algorithm(self, n_bytes: int) -> str | None:
+        """How an all-reduce of so many bytes is done, None where the back end does not tell."""
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a zeroed tensor of shape (numel,) in memory that reduces with the fewest copies.
 
         All ranks must call, with the same numel and dtype. It lives until `close`.
         """
 
-    def all_reduce(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
-        """Replace every rank's buffer by the reduction of all, the same bits on all ranks. All ranks must call."""
+    def all_reduce(
+        self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
+    ) -> Work:
+        """Replace every rank's buffer by the reduction of all, the same bits on all ranks. All ranks must call.
+
+        `shared_result` allows the result to lie elsewhere: `wait` returns one tensor that all ranks of the node read,
+        if the buffer came from `allocate` and the back end can, else the buffer. It must not be written to, and is
+        valid until this rank reduces the same buffer again; the buffer itself keeps this rank's data or becomes the
+        result. `blocking` returns when it is done, and runs in the caller's thread if nothing is queued before it.
+        """
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         """Make chunk `rank` of the flat buffer the reduction of all ranks' chunks. All ranks must call.

@@ -11,11 +11,19 @@ from allreduce_sgd.topology import Topology
 if TYPE_CHECKING:
     import torch
 
+    from allreduce_sgd.comm.choice import Choice
+    from allreduce_sgd.comm.layout import Layout
+    from allreduce_sgd.comm.mpi import MpiCommunicator
+
 __all__ = ["connect"]
 
 
-def connect(topology: Topology, device: "torch.device", options: CommunicationOptions) -> Communicator:
+def connect(
+    topology: Topology, device: "torch.device", options: CommunicationOptions, choice: "Choice | None" = None
+) -> Communicator:
     """Make the communicator of all ranks. All ranks must call, with the same options; `device` is this rank's.
+
+    `choice` is the table of algorithms of the run that is being resumed, used instead of a new measurement.
 
     `auto` takes single for one rank, nccl where every rank has a GPU of its own, else mpi. Raises ConfigError where
     the back end asked for does not suit.
@@ -25,19 +33,45 @@ def connect(topology: Topology, device: "torch.device", options: CommunicationOp
         backend = _suitable(topology, device)
     if backend == "single":
         if topology.size > 1:
-            raise ConfigError(f"--backend single: {topology.size} ranks were started; choose auto, mpi, nccl or gloo")
+            raise ConfigError(
+                f"--backend single: {topology.size} ranks were started; choose auto, mpi, nccl, gloo or horovod"
+            )
         return SingleCommunicator(options.timeout_seconds)
     if backend == "mpi":
-        from allreduce_sgd.comm.mpi import MpiCommunicator
-        from allreduce_sgd.comm.progress import ProgressEngine
+        return _connect_mpi(topology, options, choice)
+    if backend == "horovod":
+        from allreduce_sgd.comm import horovod
 
-        engine = ProgressEngine(topology.mpi_lock)
-        return MpiCommunicator(topology.world, engine, options.algorithm, options.timeout_seconds)
+        return horovod.connect(topology, device, options.timeout_seconds)
     if backend == "nccl" and not _own_gpus(topology, device):
         raise ConfigError("--backend nccl: needs a GPU of its own for every rank; choose mpi or gloo")
     from allreduce_sgd.comm import torch_distributed
 
     return torch_distributed.connect(topology, backend, options.timeout_seconds)
+
+
+def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choice | None") -> "MpiCommunicator":
+    from allreduce_sgd.comm.choice import default_choice, named_choice
+    from allreduce_sgd.comm.measure import choose, costs_of
+    from allreduce_sgd.comm.mpi import MpiCommunicator
+    from allreduce_sgd.comm.progress import ProgressEngine
+
+    def choice(layout: "Layout") -> "Choice":
+        shared = layout.memory is not None
+        if options.algorithm == "auto":
+            return default_choice(layout.nodes, shared, options.deterministic)
+        return named_choice(options.algorithm, layout.nodes, shared, options.deterministic)
+
+    engine = ProgressEngine(topology.mpi_lock, oversubscribed=topology.local_size > topology.cores)
+    comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
+    if saved is not None and saved.suits(comm.layout.nodes, comm.layout.memory is not None):
+        comm.choice = saved
+    elif comm.size > 1 and options.algorithm == "auto" and not options.deterministic:
+        costs = costs_of(comm)
+        comm.choice = choose(comm, costs)
+        if options.verbose and comm.rank == 0:
+            print(costs.describe(), flush=True)
+    return comm
 
 
 def _suitable(topology: Topology, device: "torch.device") -> str:

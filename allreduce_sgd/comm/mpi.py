@@ -1,106 +1,183 @@
 """Our own collectives over MPI: schedules run by a progress engine on a duplicate of the caller's communicator.
 
 MPI carries bytes only, so every dtype works, bfloat16 and float16 too, and torch does all arithmetic (MPI's own
-reduction of bfloat16 was seen to be silently wrong). Messages are counted where they are handed to MPI. One thread at
-a time calls MPI, under the topology's lock.
+reduction of bfloat16 was seen to be silently wrong). Messages are counted where they are handed to MPI, and what goes
+through the memory that the ranks of a node share where it is read from or written to a peer's. One thread at a time
+calls MPI, under the topology's lock.
 
-A tensor on a GPU is staged: copied to pinned host memory when the operation starts, and back in `wait`.
+How an all-reduce of a certain size is done says a table (`choice.py`): through shared memory inside the node and a
+schedule between nodes (`node.py`), by a schedule over all ranks (`execute.py`), or by MPI's own all-reduce, for small
+messages of dtypes that MPI knows.
+
+A tensor on a GPU is staged through pinned host memory in segments (`staging.py`), unless MPI is CUDA-aware: then it is
+handed the device's memory, and schedules over all ranks do the reduction there.
 """
 
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 from mpi4py import MPI
 from torch import Tensor
 
-from allreduce_sgd.comm.base import FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
-from allreduce_sgd.comm.progress import Operation, Program, ProgressEngine
+from allreduce_sgd.comm.base import AlgorithmTable, FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
+from allreduce_sgd.comm.choice import LIBRARY, SHARED_MEMORY, TWO_LEVEL, Choice, Entry
+from allreduce_sgd.comm.execute import Execution, Scratch
+from allreduce_sgd.comm.layout import Layout
+from allreduce_sgd.comm.node import NodeAllReduce
+from allreduce_sgd.comm.progress import Channel, Operation, Program, ProgressEngine
+from allreduce_sgd.comm.reduction import accumulator_dtype, finish
+from allreduce_sgd.comm.staging import CudaCopier, mpi_takes_device_memory, staged
 from allreduce_sgd.errors import CommunicationError
 from allreduce_sgd.schedules import ring, tree
+from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.schedules.step import Schedule, Step
 
 __all__ = ["MpiCommunicator"]
 
-_ALL_REDUCE: dict[str, Schedule] = {"ring": ring.ring}
-
-_COMBINE: dict[ReduceOp, Callable[[Tensor, Tensor], object]] = {
-    ReduceOp.SUM: lambda into, other: into.add_(other),
-    ReduceOp.AVERAGE: lambda into, other: into.add_(other),
-    ReduceOp.MIN: lambda into, other: torch.minimum(into, other, out=into),
-    ReduceOp.MAX: lambda into, other: torch.maximum(into, other, out=into),
-    ReduceOp.PRODUCT: lambda into, other: into.mul_(other),
+_LIBRARY_TYPES = {
+    torch.float64: MPI.DOUBLE,
+    torch.float32: MPI.FLOAT,
+    torch.int64: MPI.INT64_T,
+    torch.int32: MPI.INT32_T,
+    torch.uint8: MPI.UINT8_T,
 }
+_LIBRARY_OPS = {
+    ReduceOp.SUM: MPI.SUM,
+    ReduceOp.AVERAGE: MPI.SUM,
+    ReduceOp.MIN: MPI.MIN,
+    ReduceOp.MAX: MPI.MAX,
+    ReduceOp.PRODUCT: MPI.PROD,
+}
+CPU = torch.device("cpu")
+_STAGING_BYTES = 4 * 2**20
+# Two steps, so that receives are posted before their messages come; more where a step is only a segment.
+_LOOK_AHEAD = 2
+_LOOK_AHEAD_SEGMENTS = 6
 
 
 class MpiCommunicator:
     """A communicator over an mpi4py communicator, which stays the caller's.
 
-    All ranks of `comm` must call the constructor. `engine` is shared by all communicators of a process, so that one
-    progress thread and one lock serve them all.
+    All ranks of `comm` must call the constructor, with the same arguments. `engine` is shared by all communicators of a
+    process, so that one progress thread and one lock serve them all. `choice` says which algorithm serves which size;
+    it may be replaced, on all ranks at once, while nothing is under way. `node_color` overrides what MPI says about
+    who shares memory: ranks of one color make a node.
     """
 
     backend = "mpi"
 
     def __init__(
-        self, comm: Any, engine: ProgressEngine, algorithm: str = "auto", timeout_seconds: float = 300.0
+        self,
+        comm: Any,
+        engine: ProgressEngine,
+        choice: Callable[[Layout], Choice],
+        timeout_seconds: float = 300.0,
+        node_color: int | None = None,
     ) -> None:
         self.timeout_seconds = timeout_seconds
         self.traffic = Traffic()
-        self.algorithm = "ring" if algorithm == "auto" else algorithm
-        self._schedule = _ALL_REDUCE[self.algorithm]
         self._engine = engine
+        self._choose = choice
         with engine.lock:
             self._comm = comm.Dup()
             self._messages = comm.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
-        self._channel: deque[Operation] | None = engine.open_channel()
-        self._scratch = torch.empty(0, dtype=torch.uint8)
+        self.layout = Layout(self._comm, engine.lock, timeout_seconds, node_color)
+        self.choice = choice(self.layout)
+        self._channel: Channel | None = engine.open_channel()
+        self._scratch = {CPU: Scratch(CPU)}
+        self._copiers: dict[torch.device, CudaCopier] = {}
+        self._device_memory = mpi_takes_device_memory()
+        self._node: NodeAllReduce | None = None
+        if self.layout.memory is not None:
+            between = None if self.layout.nodes == 1 else self._between
+            self._node = NodeAllReduce(self.layout.memory, between, self.layout.lanes, self.size, self._count)
+
+    @property
+    def algorithm(self) -> str:
+        return self.choice.name
+
+    @property
+    def algorithm_table(self) -> AlgorithmTable:
+        return self.choice.to_lists()
+
+    def describe_algorithm(self, n_bytes: int) -> str:
+        entry = self.choice.for_message(n_bytes)
+        if entry.algorithm != TWO_LEVEL or self.layout.nodes == 1:
+            return entry.describe()
+        return f"{entry.describe()}, {self.choice.for_between(n_bytes // self.layout.lanes).describe()} between nodes"
 
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(numel, dtype=dtype, device=device)
+        if device.type != "cpu" or self.layout.memory is None:
+            return torch.zeros(numel, dtype=dtype, device=device)
+        return self.layout.memory.allocate(numel, dtype)
 
-    def all_reduce(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+    def all_reduce(
+        self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
+    ) -> Work:
+        buffer = check_buffer(buffer, "all_reduce")
         check_reduction(buffer, op, "all_reduce")
-        return self._collective("all_reduce", buffer, self._schedule, op)
+        entry = self.choice.for_message(buffer.nbytes)
+        if entry.algorithm == LIBRARY and buffer.dtype not in _LIBRARY_TYPES:
+            entry = Entry(None, "recursive-doubling" if self._node is None else TWO_LEVEL)
+        if buffer.is_cuda and self._device_memory and entry.algorithm in (SHARED_MEMORY, TWO_LEVEL):
+            entry = self.choice.for_between(buffer.nbytes)
+        if entry.algorithm == LIBRARY:
+            program = partial(self._library, op=op)
+        elif entry.algorithm in (SHARED_MEMORY, TWO_LEVEL):
+            assert self._node is not None
+            program = partial(self._node.all_reduce, op=op, shared_result=shared_result)
+        else:
+            program = partial(self._flat, schedule=_schedule(entry, buffer), op=op, look_ahead=_depth(entry))
+        return self._collective("all_reduce", buffer, program, blocking, _STAGING_BYTES)
+
+    def run(self, buffer: Tensor, schedule: Schedule, op: ReduceOp | None = None, *, blocking: bool = False) -> Work:
+        """Run a schedule of one's own over all ranks, on the flat buffer, in place. All ranks must call.
+
+        `op` combines what arrives in steps that reduce; AVERAGE divides by the number of ranks at the end.
+        """
+        return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), blocking)
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         check_reduction(buffer, op, "reduce_scatter")
-        return self._collective("reduce_scatter", buffer, ring.reduce_scatter, op)
+        program = partial(self._flat, schedule=ring.reduce_scatter, op=op)
+        return self._collective("reduce_scatter", buffer, program)
 
     def all_gather(self, buffer: Tensor) -> Work:
-        return self._collective("all_gather", buffer, ring.all_gather)
+        program = partial(self._flat, schedule=ring.all_gather, op=None)
+        return self._collective("all_gather", buffer, program)
 
     def broadcast(self, buffer: Tensor, root: int = 0) -> Work:
         self._check_peer(root, "broadcast: root")
 
-        def from_root(rank: int, size: int, length: int) -> Iterable[Step]:
+        def from_root(rank: int, size: int, length: int) -> Iterator[Step]:
             for step in tree.broadcast((rank - root) % size, size, length):
                 send_to = None if step.send_to is None else (step.send_to + root) % size
                 recv_from = None if step.recv_from is None else (step.recv_from + root) % size
                 yield step._replace(send_to=send_to, recv_from=recv_from)
 
-        return self._collective("broadcast", buffer, from_root)
+        program = partial(self._flat, schedule=from_root, op=None)
+        return self._collective("broadcast", buffer, program, staging_bytes=_STAGING_BYTES)
 
     def barrier(self) -> Work:
-        return self._start("barrier", torch.empty(0), self._barrier(), self._open_channel())
+        return self._start(lambda: "barrier", torch.empty(0), self._barrier(), self._open_channel())
 
     def send(self, buffer: Tensor, to: int, tag: int = 0) -> Work:
         self._check_peer(to, "send: to")
-        host = check_buffer(buffer, "send").cpu()
-        return self._start(f"send to rank {to} (tag {tag})", host, self._send(host, to, tag), None)
+        host = check_buffer(buffer, "send").to(CPU)
+        return self._start(lambda: f"send to rank {to} (tag {tag})", host, self._send(host, to, tag), None)
 
     def receive(self, buffer: Tensor, source: int | None = None, tag: int = 0) -> Work:
         if source is not None:
             self._check_peer(source, "receive: source")
         data = check_buffer(buffer, "receive")
-        host = data if data.device.type == "cpu" else torch.empty_like(data, device="cpu")
         name = f"receive from {'any rank' if source is None else f'rank {source}'} (tag {tag})"
-        work = self._start(name, host, self._receive(host, source, tag), None)
-        return work if host is data else _StagedWork(work, data)
+        receive = self._receive if data.device == CPU else self._receive_staged
+        return self._start(lambda: name, data, receive(data, source, tag), None)
 
     def split(self, color: int, key: int = 0) -> "MpiCommunicator":
         # Peers may need steps of ours that are still queued, and a thread inside MPI_Comm_split takes none.
@@ -108,7 +185,7 @@ class MpiCommunicator:
         with self._engine.lock:
             part = self._comm.Split(color, key)
         try:
-            return MpiCommunicator(part, self._engine, self.algorithm, self.timeout_seconds)
+            return MpiCommunicator(part, self._engine, self._choose, self.timeout_seconds, self.layout.node)
         finally:
             with self._engine.lock:
                 part.Free()
@@ -124,11 +201,12 @@ class MpiCommunicator:
         self.barrier().wait()
         self._engine.close_channel(self._channel)
         self._channel = None
+        self.layout.close()
         with self._engine.lock:
             self._comm.Free()
             self._messages.Free()
 
-    def _open_channel(self) -> deque[Operation]:
+    def _open_channel(self) -> Channel:
         if self._channel is None:
             raise CommunicationError("the communicator is closed")
         return self._channel
@@ -141,62 +219,88 @@ class MpiCommunicator:
         self,
         operation: str,
         buffer: Tensor,
-        schedule: Callable[[int, int, int], Iterable[Step]],
-        op: ReduceOp | None = None,
+        program: Callable[[Tensor], tuple[Tensor, Program]],
+        blocking: bool = False,
+        staging_bytes: int | None = None,
     ) -> Work:
+        """Start the program that `program` makes for a flat tensor, together with where its result will be.
+
+        `staging_bytes` is the length of the segments in which a tensor on a GPU may be staged; None: only as a whole.
+        """
         data = check_buffer(buffer, operation)
         channel = self._open_channel()
-        if self.size == 1:
+        if self.size == 1 or data.numel() == 0:
             return FinishedWork(data)
-        host = data if data.device.type == "cpu" else _pinned_copy(data)
-        steps = schedule(self.rank, self.size, host.numel())
-        name = (
-            f"{operation} of {host.numel()} {str(host.dtype).removeprefix('torch.')} (rank {self.rank} of {self.size})"
-        )
-        work = self._start(name, host, self._execute(steps, host.view(-1), op), channel)
-        return work if host is data else _StagedWork(work, data)
+        result = data
+        if data.device != CPU and not self._device_memory:
+            steps = self._staged(data, program, staging_bytes)
+        else:
+            if data.is_cuda:
+                # MPI knows nothing of streams: what it reads must have been written.
+                torch.cuda.current_stream(data.device).synchronize()
+            flat, steps = program(data.view(-1))
+            if flat.data_ptr() != data.data_ptr():
+                result = flat.view(data.shape)
 
-    def _start(self, name: str, buffer: Tensor, program: Program, channel: deque[Operation] | None) -> Operation:
+        def name() -> str:
+            dtype = str(data.dtype).removeprefix("torch.")
+            return f"{operation} of {data.numel()} {dtype} (rank {self.rank} of {self.size})"
+
+        return self._start(name, result, steps, channel, blocking)
+
+    def _staged(
+        self, data: Tensor, program: Callable[[Tensor], tuple[Tensor, Program]], staging_bytes: int | None
+    ) -> Program:
+        if data.device not in self._copiers:
+            self._copiers[data.device] = CudaCopier(data.device)
+        copier = self._copiers[data.device]
+        host = copier.host_memory(data.numel(), data.dtype)
+        segment = data.numel() if staging_bytes is None else max(1, staging_bytes // data.element_size())
+        return staged(data, host, segment, lambda piece: program(piece)[1], copier)
+
+    def _start(
+        self, name: Callable[[], str], buffer: Tensor, program: Program, channel: Channel | None, blocking: bool = False
+    ) -> Operation:
         self._open_channel()
         operation = Operation(self._engine, program, buffer, name, self.timeout_seconds, self.traffic)
-        self._engine.submit(operation, channel)
+        self._engine.submit(operation, channel, blocking)
+        if blocking:
+            operation.wait()
         return operation
 
-    def _execute(self, steps: Iterable[Step], flat: Tensor, op: ReduceOp | None) -> Program:
-        """Run a schedule on a flat CPU buffer."""
-        item_bytes, address = flat.element_size(), flat.data_ptr()
-        combine = None if op is None else _COMBINE[op]
-        early = op is ReduceOp.AVERAGE and flat.dtype is torch.float16
-        if early:
-            # Half precision overflows at 65504: divided before, the sum of averages stays in range.
-            flat.div_(self.size)
-        moved = False
-        for step in steps:
-            requests = []
-            scratch = None
-            received = step.recv.stop - step.recv.start
-            if step.recv_from is not None and received:
-                if step.reduce:
-                    scratch = self._scratch_for(received, flat.dtype)
-                    target = scratch.data_ptr()
-                else:
-                    target = address + step.recv.start * item_bytes
-                block = MPI.buffer.fromaddress(target, received * item_bytes)
-                requests.append(self._comm.Irecv([block, MPI.BYTE], step.recv_from))
-            sent_bytes = (step.send.stop - step.send.start) * item_bytes
-            if step.send_to is not None and sent_bytes:
-                block = MPI.buffer.fromaddress(address + step.send.start * item_bytes, sent_bytes)
-                requests.append(self._comm.Isend([block, MPI.BYTE], step.send_to))
-                self._count(sent_bytes)
-            while not MPI.Request.Testall(requests):
-                yield moved
-                moved = False
-            moved = True
-            if scratch is not None:
-                assert combine is not None
-                combine(flat[step.recv], scratch)
-        if op is ReduceOp.AVERAGE and not early:
-            flat.div_(self.size)
+    def _flat(
+        self, flat: Tensor, schedule: Schedule, op: ReduceOp | None, look_ahead: int = _LOOK_AHEAD
+    ) -> tuple[Tensor, Program]:
+        return flat, self._run(flat, schedule, op, look_ahead)
+
+    def _run(self, flat: Tensor, schedule: Schedule, op: ReduceOp | None, look_ahead: int) -> Program:
+        """Run a schedule over all ranks, narrow floats in float32 where they are added up."""
+        wide = flat if op is None else flat.to(accumulator_dtype(flat.dtype, op))
+        steps = schedule(self.rank, self.size, flat.numel())
+        scratch = self._scratch.setdefault(flat.device, Scratch(flat.device))
+        yield from Execution(wide, op, self._comm, scratch, self._count).run(steps, look_ahead)
+        if op is not None:
+            finish(op, wide, self.size)
+        if wide is not flat:
+            flat.copy_(wide)
+
+    def _between(self, flat: Tensor, op: ReduceOp) -> Program:
+        """Combine a lane's chunk over the nodes."""
+        entry = self.choice.for_between(flat.nbytes)
+        steps = _schedule(entry, flat)(self.layout.node, self.layout.nodes, flat.numel())
+        yield from Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count).run(steps, _depth(entry))
+
+    def _library(self, flat: Tensor, op: ReduceOp) -> tuple[Tensor, Program]:
+        return flat, self._run_library(flat, op)
+
+    def _run_library(self, flat: Tensor, op: ReduceOp) -> Program:
+        """MPI's own all-reduce. It does not show what it sends: what is handed to it counts."""
+        block = MPI.buffer.fromaddress(flat.data_ptr(), flat.nbytes)
+        self._count(flat.nbytes)
+        request = self._comm.Iallreduce(MPI.IN_PLACE, [block, _LIBRARY_TYPES[flat.dtype]], _LIBRARY_OPS[op])
+        while not request.Test():
+            yield False
+        finish(op, flat, self.size)
 
     def _barrier(self) -> Program:
         request = self._comm.Ibarrier()
@@ -220,36 +324,21 @@ class MpiCommunicator:
         if arrived != data.nbytes:
             raise CommunicationError(f"rank {status.Get_source()} sent {arrived} bytes, {data.nbytes} were expected")
 
+    def _receive_staged(self, data: Tensor, source: int | None, tag: int) -> Program:
+        host = torch.empty_like(data, device=CPU)
+        yield from self._receive(host, source, tag)
+        data.copy_(host)
+
     def _count(self, sent_bytes: int) -> None:
         assert self.traffic.bytes_sent is not None
         self.traffic.bytes_sent += sent_bytes
 
-    def _scratch_for(self, numel: int, dtype: torch.dtype) -> Tensor:
-        needed_bytes = numel * dtype.itemsize
-        if self._scratch.numel() < needed_bytes:
-            self._scratch = torch.empty(needed_bytes, dtype=torch.uint8)
-        return self._scratch[:needed_bytes].view(dtype)
+
+def _schedule(entry: Entry, data: Tensor) -> Schedule:
+    """Return the entry's schedule, its segments counted in elements of `data`."""
+    segment = None if entry.segment_bytes is None else max(1, entry.segment_bytes // data.element_size())
+    return ALL_REDUCE[entry.algorithm].schedule(segment)
 
 
-class _StagedWork:
-    """The Work of a tensor on a GPU: its host copy is reduced, and copied back by the thread that waits."""
-
-    def __init__(self, work: Work, device_buffer: Tensor) -> None:
-        self._work = work
-        self._device_buffer = device_buffer
-        self._copied = False
-
-    def wait(self, timeout: float | None = None) -> Tensor:
-        host = self._work.wait(timeout)
-        if not self._copied:
-            self._device_buffer.copy_(host)
-            self._copied = True
-        return self._device_buffer
-
-    def done(self) -> bool:
-        return self._work.done()
-
-
-def _pinned_copy(data: Tensor) -> Tensor:
-    host = torch.empty(data.shape, dtype=data.dtype, pin_memory=True)
-    return host.copy_(data)
+def _depth(entry: Entry) -> int:
+    return _LOOK_AHEAD if entry.segment_bytes is None else _LOOK_AHEAD_SEGMENTS

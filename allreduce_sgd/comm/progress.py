@@ -1,47 +1,66 @@
 """The progress engine: moves started operations on, since MPI moves nothing unless it is called.
 
-Operations are generators that yield whenever they wait for a message. One lock stands around every call of MPI. Who
+Operations are generators that yield whenever they wait for a peer. One lock stands around every call of MPI. Who
 advances them: the thread that starts an operation, once, if the lock is free (so its first message leaves at once); a
 thread that waits for one, all the time; and a progress thread while nobody waits, which is what overlaps communication
-with back-propagation.
+with back-propagation. A blocking operation is advanced by its caller alone: the progress thread is not even woken.
 
 Collectives of one communicator run first in, first out; point-to-point operations run beside them. Polling backs off:
-a blocked wait that spins would take the core from the peer it waits for.
+a blocked wait that spins would take the core from the peer it waits for. Where all that is waited for is one semaphore
+shared with the peers of this node, the thread sleeps on it instead, and is woken by the peer.
 """
 
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from torch import Tensor
 
 from allreduce_sgd.comm.base import Traffic
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
 
-__all__ = ["Operation", "Program", "ProgressEngine"]
+__all__ = ["Channel", "Operation", "Program", "ProgressEngine", "Sleeper"]
 
-Program = Iterator[bool]
-"""Yields where it waits for a message: True if it got on since the last time, False if not."""
+
+class Sleeper(Protocol):
+    """What a program waits for, if a thread can sleep on it."""
+
+    def sleep(self, seconds: float) -> None:
+        """Return when what is waited for has come, or after so many seconds."""
+
+
+Program = Iterator[bool | Sleeper]
+"""Yields where it waits for a peer: True if it got on since the last time, False if not, or what it waits for."""
 
 _GIL_SWITCH_SECONDS = 0.0005
 _SPIN_SECONDS = 0.0002
 _SLEEP_SECONDS = 0.00005
 _LONGEST_SLEEP_SECONDS = 0.0005
+# Longer, since a peer's post ends it; not for ever, since other operations may be started meanwhile.
+_SLEEPER_SECONDS = 0.002
 _CLOSE_SECONDS = 5.0
 
 
 class Operation:
-    """A started operation; also the Work that its caller holds."""
+    """A started operation; also the Work that its caller holds. `name` is asked for where something went wrong."""
 
     def __init__(
-        self, engine: "ProgressEngine", program: Program, buffer: Tensor, name: str, timeout: float, traffic: Traffic
+        self,
+        engine: "ProgressEngine",
+        program: Program,
+        buffer: Tensor,
+        name: Callable[[], str],
+        timeout: float,
+        traffic: Traffic,
     ) -> None:
         self.name = name
         self.buffer = buffer
         self.finished = False
         self.error: Exception | None = None
+        self.sleeper: Sleeper | None = None
         self._engine = engine
         self._program = program
         self._timeout = timeout
@@ -53,11 +72,17 @@ class Operation:
         if self._started_seconds is None:
             self._started_seconds = time.perf_counter()
         try:
-            return next(self._program)
+            state = next(self._program)
+            if isinstance(state, bool):
+                self.sleeper = None
+                return state
+            moved = state is not self.sleeper
+            self.sleeper = state
+            return moved
         except StopIteration:
             pass
         except BaseException as problem:
-            self.error = CommunicationError(f"{self.name} failed: {problem!r}")
+            self.error = CommunicationError(f"{self.name()} failed: {problem!r}")
             self.error.__cause__ = problem
             if not isinstance(problem, Exception):
                 self.finished = True
@@ -66,11 +91,16 @@ class Operation:
         self.finished = True
         return True
 
+    def fail(self, why: str) -> None:
+        """End without having been started."""
+        self.error = CommunicationError(f"{self.name()}: not started, since an earlier operation failed ({why})")
+        self.finished = True
+
     def wait(self, timeout: float | None = None) -> Tensor:
         limit = self._timeout if timeout is None else timeout
         started = time.perf_counter()
         if not self.finished and not self._engine.drive(self, started + limit):
-            raise CommunicationTimeout(f"{self.name}: not finished after {limit:g} s; a rank is stuck, gone or late")
+            raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; a rank is stuck, gone or late")
         self._traffic.waited_seconds += time.perf_counter() - started
         if self.error is not None:
             raise self.error
@@ -80,43 +110,80 @@ class Operation:
         return self.finished
 
 
+class Channel:
+    """The collectives of one communicator, first in, first out.
+
+    After one has failed the ranks no longer agree about what comes next, so that the rest fails too.
+    """
+
+    def __init__(self) -> None:
+        self.queue: deque[Operation] = deque()
+        self._failure: str | None = None
+
+    def append(self, operation: Operation) -> None:
+        if self._failure is None:
+            self.queue.append(operation)
+        else:
+            operation.fail(self._failure)
+
+    def advance(self) -> bool:
+        moved = False
+        while self.queue:
+            head = self.queue[0]
+            moved |= head.advance()
+            if not head.finished:
+                break
+            self.queue.popleft()
+            if head.error is not None:
+                self._failure = str(head.error)
+                while self.queue:
+                    self.queue.popleft().fail(self._failure)
+        return moved
+
+
 class Backoff:
-    """Spins for a moment after messages moved last, then sleeps, longer each time up to a bound."""
+    """Spins for a moment after something moved last, then sleeps, longer each time up to a bound."""
 
     def __init__(self, spin_seconds: float) -> None:
         self._spin_seconds = spin_seconds
         self._moved_seconds = time.perf_counter()
         self._sleep_seconds = _SLEEP_SECONDS
 
-    def pause(self, moved: bool) -> None:
+    def pause(self, moved: bool, sleeper: Sleeper | None) -> None:
         now = time.perf_counter()
         if moved:
             self._moved_seconds = now
             self._sleep_seconds = _SLEEP_SECONDS
         if now - self._moved_seconds < self._spin_seconds:
             time.sleep(0)
+        elif sleeper is not None:
+            sleeper.sleep(_SLEEPER_SECONDS)
         else:
             time.sleep(self._sleep_seconds)
             self._sleep_seconds = min(2 * self._sleep_seconds, _LONGEST_SLEEP_SECONDS)
 
 
 class ProgressEngine:
-    """Advances the operations of all communicators of this process that share `lock`."""
+    """Advances the operations of all communicators of this process that share `lock`.
 
-    def __init__(self, lock: threading.Lock) -> None:
+    `oversubscribed`: the node has more ranks than cores, so that nobody spins.
+    """
+
+    def __init__(self, lock: threading.Lock, oversubscribed: bool = False) -> None:
         self.lock = lock
+        self._spin_seconds = 0.0 if oversubscribed else _SPIN_SECONDS
         # Appending to a deque is atomic, so starting an operation never waits for the lock.
-        self._inbox: deque[tuple[Operation, deque[Operation] | None]] = deque()
-        self._channels: list[deque[Operation]] = []
+        self._inbox: deque[tuple[Operation, Channel | None]] = deque()
+        self._channels: list[Channel] = []
         self._messages: list[Operation] = []
         self._state = threading.Condition()
         self._drivers = 0
         self._users = 0
         self._thread: threading.Thread | None = None
 
-    def open_channel(self) -> deque[Operation]:
+    def open_channel(self) -> Channel:
         """Return a new first-in, first-out queue, for the collectives of one communicator."""
-        channel: deque[Operation] = deque()
+        channel = Channel()
         with self.lock:
             self._channels.append(channel)
         with self._state:
@@ -128,7 +195,7 @@ class ProgressEngine:
                 self._thread.start()
         return channel
 
-    def close_channel(self, channel: deque[Operation]) -> None:
+    def close_channel(self, channel: Channel) -> None:
         """Forget a channel; with the last one the progress thread ends."""
         with self.lock:
             self._channels = [other for other in self._channels if other is not channel]
@@ -141,21 +208,24 @@ class ProgressEngine:
         if thread is not None:
             thread.join(_CLOSE_SECONDS)
 
-    def submit(self, operation: Operation, channel: deque[Operation] | None) -> None:
-        """Queue an operation, in a channel or (None) beside them, and start it at once if nobody holds the lock."""
+    def submit(self, operation: Operation, channel: Channel | None, blocking: bool = False) -> None:
+        """Queue an operation, in a channel or (None) beside them, and start it at once if nobody holds the lock.
+
+        A caller that asks for `blocking` drives the operation next, so the progress thread is left asleep.
+        """
         self._inbox.append((operation, channel))
         if self.lock.acquire(blocking=False):
             try:
                 self._advance()
             finally:
                 self.lock.release()
-        if not operation.finished:
+        if not operation.finished and not blocking:
             with self._state:
                 self._state.notify()
 
     def drive(self, operation: Operation, deadline_seconds: float) -> bool:
         """Advance everything until `operation` has ended or the clock passes the deadline; say whether it ended."""
-        backoff = Backoff(_SPIN_SECONDS)
+        backoff = Backoff(self._spin_seconds)
         with self._state:
             self._drivers += 1
         try:
@@ -165,10 +235,11 @@ class ProgressEngine:
                     return False
                 try:
                     moved = self._advance()
+                    sleeper = self._sleeper()
                 finally:
                     self.lock.release()
                 if not operation.finished:
-                    backoff.pause(moved)
+                    backoff.pause(moved, sleeper)
         finally:
             with self._state:
                 self._drivers -= 1
@@ -189,23 +260,28 @@ class ProgressEngine:
             while self._thread is current and self._drivers == 0 and self._busy():
                 with self.lock:
                     moved = self._advance()
-                backoff.pause(moved)
+                    sleeper = self._sleeper()
+                backoff.pause(moved, sleeper)
 
     def _busy(self) -> bool:
-        return bool(self._inbox or self._messages or any(self._channels))
+        return bool(self._inbox or self._messages or any(channel.queue for channel in self._channels))
+
+    def _sleeper(self) -> Sleeper | None:
+        """Return what the only operation under way waits for; None where there are several, or it must be polled."""
+        heads = [channel.queue[0] for channel in self._channels if channel.queue]
+        return heads[0].sleeper if len(heads) == 1 and not self._messages and not self._inbox else None
 
     def _advance(self) -> bool:
         """Give every operation that may run a turn; say whether anything moved. The lock is held."""
         moved = False
         while self._inbox:
             operation, channel = self._inbox.popleft()
-            (self._messages if channel is None else channel).append(operation)
+            if channel is None:
+                self._messages.append(operation)
+            else:
+                channel.append(operation)
         for channel in self._channels:
-            while channel:
-                moved |= channel[0].advance()
-                if not channel[0].finished:
-                    break
-                channel.popleft()
+            moved |= channel.advance()
         if self._messages:
             for message in self._messages:
                 moved |= message.advance()

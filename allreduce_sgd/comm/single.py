@@ -18,15 +18,21 @@ class SingleCommunicator:
     size = 1
     backend = "single"
     algorithm = None
+    algorithm_table = None
 
     def __init__(self, timeout_seconds: float = 300.0) -> None:
         self.timeout_seconds = timeout_seconds
         self.traffic = Traffic()
 
+    def describe_algorithm(self, n_bytes: int) -> None:
+        return None
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def all_reduce(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+    def all_reduce(
+        self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
+    ) -> Work:
         check_reduction(buffer, op, "all_reduce")
         return FinishedWork(check_buffer(buffer, "all_reduce"))
 

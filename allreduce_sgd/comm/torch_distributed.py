@@ -71,6 +71,7 @@ class TorchCommunicator:
     """
 
     algorithm = None
+    algorithm_table = None
 
     def __init__(
         self, group: dist.ProcessGroup | None, members: list[int], backend: str, timeout_seconds: float
@@ -84,10 +85,15 @@ class TorchCommunicator:
         self._members = members
         self._open = True
 
+    def describe_algorithm(self, n_bytes: int) -> None:
+        return None
+
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
-    def all_reduce(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+    def all_reduce(
+        self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
+    ) -> Work:
         check_reduction(buffer, op, "all_reduce")
         data = self._admit(buffer, "all_reduce")
         if self.size == 1 or data.numel() == 0:
@@ -102,9 +108,12 @@ class TorchCommunicator:
             if op is ReduceOp.AVERAGE and not early:
                 data.div_(self.size)
 
-        return self._start(
+        work = self._start(
             "all_reduce", data, lambda: [dist.all_reduce(carried, carried_op, self._group, async_op=True)], finish
         )
+        if blocking:
+            work.wait()
+        return work
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         # Gloo has no reduce-scatter of uneven chunks; an all-reduce leaves the same chunk, and the rest is undefined.

@@ -78,6 +78,10 @@ class DistributedDataParallel(nn.Module):
         elif weight != 1.0:
             raise ValueError(f"set_gradient_weight: one rank alone has weight 1, not {weight}")
 
+    def bucket_bytes(self) -> list[int]:
+        """Return the sizes of the buckets in the order in which they are reduced; none on one rank alone."""
+        return [] if self._reducer is None else [bucket.buffer.nbytes for bucket in self._reducer.buckets]
+
     def reduce_without_backward(self) -> None:
         """Take part in this step's reductions with what `.grad` holds now, zeros where it is None.
 

@@ -64,6 +64,9 @@ class Anchored(Strategy):
         if self._steps == self.period and self.comm.size > 1:
             self._exchange()
 
+    def message_bytes(self) -> list[int]:
+        return [signal.buffer.nbytes for signal in self._signals] if self.comm.size > 1 else []
+
     @contextmanager
     def consensus(self) -> Iterator[None]:
         with restored([*self.model.parameters(), *self.model.buffers()]):

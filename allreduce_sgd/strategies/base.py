@@ -70,6 +70,10 @@ class Strategy(ABC):
     def finish(self) -> None:
         """Leave `model` with the consensus for good: the end of training."""
 
+    def message_bytes(self) -> list[int]:
+        """Return the size of each of the buckets that ranks exchange; none on one rank alone."""
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         """Return what only this rank has, beside model and optimizer: tensors, numbers, strings, lists, dicts."""
         return {"buffers": {name: value.detach() for name, value in self.model.named_buffers()}}

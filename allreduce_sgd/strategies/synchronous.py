@@ -48,6 +48,9 @@ class Synchronous(Strategy):
         self.replica.set_gradient_weight(share.weight)
         self._apply(lambda: self._gradients(share))
 
+    def message_bytes(self) -> list[int]:
+        return self.replica.bucket_bytes()
+
     @contextmanager
     def consensus(self) -> Iterator[None]:
         with restored(self.model.buffers()):

@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from allreduce_sgd.comm.base import Communicator, ReduceOp
+from allreduce_sgd.comm.factory import connect
 from allreduce_sgd.comm.objects import all_gather_object
+from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
 from allreduce_sgd.schedules.step import chunk
+from allreduce_sgd.topology import Topology
+from tests.mpi.conftest import TIMEOUT_SECONDS
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 INTEGERS = [torch.int64, torch.int32, torch.uint8]
@@ -244,7 +248,9 @@ def test_a_gloo_wait_ends_at_its_deadline(any_comm: Communicator) -> None:
     any_comm.barrier().wait()
 
 
-def test_sent_bytes_are_those_of_the_ring(comm: Communicator) -> None:
+def test_sent_bytes_are_those_of_the_ring(topology: Topology) -> None:
+    options = CommunicationOptions("mpi", algorithm="ring", timeout_seconds=TIMEOUT_SECONDS)
+    comm = connect(topology, torch.device("cpu"), options)
     size, rank = comm.size, comm.rank
     for length in (0, 1, size, 1000):
         before = comm.traffic.bytes_sent or 0
@@ -252,6 +258,7 @@ def test_sent_bytes_are_those_of_the_ring(comm: Communicator) -> None:
         sent = (comm.traffic.bytes_sent or 0) - before
         kept = [chunk(length, size, index) for index in (rank, rank + 1)]
         assert sent == (0 if size == 1 else 4 * (2 * length - sum(piece.stop - piece.start for piece in kept)))
+    comm.close()
 
 
 def test_traffic_counts_seconds(comm: Communicator) -> None:

@@ -1,0 +1,155 @@
+"""All-reduce within a node through shared memory, and on two levels: inside nodes and between them.
+
+Window path, for buffers that `allocate` gave. Rank i of the q ranks of a node reduces chunk i of the buckets of all
+ranks, straight out of their memory, and writes it to all of their buckets (in place) or to the one result that all of
+them share. Steps: two barriers. Bytes per rank, n the bucket's: reads n, writes n in place or n/q into the shared
+result; at q = 2 that is 4n of memory traffic on the node in place, 3n with a shared result, the least there is.
+
+Staged path, for any other tensor: pieces go through slots of shared memory, two of them in turn, so that a rank copies
+piece k+1 in and piece k out around one barrier a piece. Small ones take one barrier: every rank adds all slots itself.
+
+Two levels and as many lanes as every node has ranks: after rank i has reduced its chunk, it all-reduces it with the
+ranks i of the other nodes, by a schedule, while its neighbours do the same with theirs. Each node puts what one rank
+alone would send on the wire, 2(N-1)/N n with a ring or halving-doubling over N nodes, not q times that. (Two levels as
+in Jia et al., "Highly scalable deep learning training system with mixed-precision", arXiv 1807.11205; several lanes as
+in Träff and Hunold, "Decomposing MPI collectives for exploiting multi-lane communication", CLUSTER 2020.)
+
+Order of summation: by local rank, whatever the chunk, then that of the schedule between nodes.
+"""
+
+from collections.abc import Callable, Generator
+
+import torch
+from torch import Tensor
+
+from allreduce_sgd.comm.base import ReduceOp
+from allreduce_sgd.comm.progress import Program, Sleeper
+from allreduce_sgd.comm.reduction import accumulator_dtype, finish, reduce_into
+from allreduce_sgd.comm.shared_memory import SharedMemory, Views
+from allreduce_sgd.errors import CommunicationError
+from allreduce_sgd.schedules.step import chunk
+
+__all__ = ["NOTE_BYTES", "SLOTS", "NodeAllReduce"]
+
+Between = Callable[[Tensor, ReduceOp], Program]
+"""Combines a flat tensor with the other nodes' ranks of this lane, in place; AVERAGE adds without dividing."""
+
+NOTE_BYTES = 128
+# Two for pieces, by turns, and two for small tensors, so that one operation need not wait for the readers of the last.
+SLOTS = 4
+_SMALL_BYTES = 32 * 1024
+
+
+class NodeAllReduce:
+    """Programs that all-reduce over the ranks of a node, and over `nodes` nodes with `between`.
+
+    `lanes` is the smallest number of ranks on any node; `size` the number of ranks of all nodes. `count` is told the
+    bytes that this rank reads from or writes to a peer's memory.
+    """
+
+    def __init__(
+        self,
+        memory: SharedMemory,
+        between: Between | None,
+        lanes: int,
+        size: int,
+        count: Callable[[int], None],
+    ) -> None:
+        self._memory = memory
+        self._between = between
+        self._lanes = lanes
+        self._size = size
+        self._count = count
+        self._parity = 0
+
+    def all_reduce(self, data: Tensor, op: ReduceOp, shared_result: bool) -> tuple[Tensor, Program]:
+        """Return where the result of reducing the flat tensor will be, and the program that makes it."""
+        views = self._memory.find(data)
+        result = views.result if shared_result and views is not None else data
+        return result, self._reduce(data, views, op, shared_result)
+
+    def _reduce(self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool) -> Program:
+        self._parity ^= 1
+        small = views is None and self._between is None and data.nbytes <= _SMALL_BYTES
+        slots = self._memory.staging(2 + self._parity, data.numel(), data.dtype) if small else None
+        if slots is not None:
+            slots.buffers[self._memory.local_rank].copy_(data)
+        counterparts = yield from self._meet(data, views, op, shared_result)
+        if counterparts and views is not None:
+            yield from self._reduce_chunk(views, None if shared_result else views.buffers, op)
+            yield from self._memory.barrier.pass_through()
+        elif counterparts and slots is not None:
+            self._count_peers(data)
+            reduce_into([data], slots.buffers, op, self._size)
+        else:
+            yield from self._reduce_staged(data, op)
+            if shared_result and views is not None:
+                views.result.copy_(data)
+
+    def _meet(
+        self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool
+    ) -> Generator[Sleeper, None, bool]:
+        """Pass the first barrier; say whether all ranks brought counterparts of the same allocation.
+
+        Raises CommunicationError where they brought different things.
+        """
+        where = " into one result" if shared_result else ""
+        what = f"{op.value} of {data.numel()} {str(data.dtype).removeprefix('torch.')}{where}"
+        note = f"{what}|{'' if views is None else views.place}".encode().ljust(NOTE_BYTES)
+        self._memory.post_note(self._parity, note)
+        yield from self._memory.barrier.pass_through()
+        notes = self._memory.notes(self._parity, NOTE_BYTES)
+        if notes.count(note) == len(notes):
+            return True
+        calls = [other.decode().rstrip().split("|") for other in notes]
+        if any(call[0] != what for call in calls):
+            seen = "; ".join(f"local rank {rank}: {call[0]}" for rank, call in enumerate(calls))
+            raise CommunicationError(f"the ranks of this node reduce different things ({seen})")
+        return False
+
+    def _reduce_chunk(self, views: Views, into: list[Tensor] | None, op: ReduceOp) -> Program:
+        """Reduce this rank's chunk of all buffers into the shared result, or (in place) `into` all of the buffers."""
+        if self._memory.local_rank >= self._lanes:
+            return
+        piece = chunk(views.result.numel(), self._lanes, self._memory.local_rank)
+        sources = [buffer[piece] for buffer in views.buffers]
+        targets = [target[piece] for target in into or [views.result]]
+        self._count_peers(sources[0])
+        if self._between is None:
+            reduce_into(targets, sources, op, self._size)
+        else:
+            total = views.result[piece]
+            if total.dtype is not accumulator_dtype(total.dtype, op):
+                total = torch.empty(total.numel(), dtype=accumulator_dtype(total.dtype, op))
+            reduce_into([total], sources, op, None)
+            yield from self._between(total, op)
+            finish(op, total, self._size)
+            for target in targets:
+                if target.data_ptr() != total.data_ptr():
+                    target.copy_(total)
+        if into is not None:
+            self._count_peers(sources[0])
+
+    def _reduce_staged(self, data: Tensor, op: ReduceOp) -> Program:
+        memory, length = self._memory, data.numel()
+        step = memory.slot_bytes // data.element_size()
+        pieces = [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+        def slots(index: int) -> Views:
+            return memory.staging(index % 2, pieces[index].stop - pieces[index].start, data.dtype)
+
+        slots(0).buffers[memory.local_rank].copy_(data[pieces[0]])
+        yield from memory.barrier.pass_through()
+        for index, piece in enumerate(pieces):
+            if index + 1 < len(pieces):
+                slots(index + 1).buffers[memory.local_rank].copy_(data[pieces[index + 1]])
+            views = slots(index)
+            yield from self._reduce_chunk(views, None, op)
+            yield from memory.barrier.pass_through()
+            data[piece].copy_(views.result)
+            # Of the result the other ranks' chunks are new to this one, as many elements as its own to them.
+            self._count(views.result.nbytes * (self._lanes - 1) // self._lanes)
+
+    def _count_peers(self, piece: Tensor) -> None:
+        """Count the piece once for every peer out of whose memory, or into which, it goes."""
+        self._count((self._memory.local_size - 1) * piece.nbytes)

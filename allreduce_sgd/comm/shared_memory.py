@@ -1,0 +1,237 @@
+"""Memory that all ranks of one node have mapped: where gradient buckets live, so that ranks reduce out of each other's.
+
+The memory is an anonymous file of the kernel (memfd_create), opened by the other ranks through /proc/PID/fd of the one
+that made it. It never has a name in /dev/shm, so nothing can stay there, not even after kill -9: the kernel frees it
+with the last process that maps it. Its pages count as the node's memory, which is checked before; a limit of /dev/shm's
+size does not apply.
+
+Where the ranks of a node cannot open each other's files (one container per rank, no /proc, not Linux), there is no
+shared memory, and collectives go through MPI alone.
+"""
+
+import contextlib
+import mmap
+import os
+import secrets
+import threading
+import time
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+
+from allreduce_sgd.comm.semaphores import NodeBarrier, barrier_bytes, create_semaphores
+from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
+
+__all__ = ["SharedMemory", "Views"]
+
+_LINE_BYTES = 64
+_POLL_SECONDS = 0.00005
+_VIEWS_KEPT = 4096
+
+
+@dataclass(frozen=True)
+class Views:
+    """One piece of memory in the buffers of all ranks of the node: flat tensors of one length and dtype.
+
+    `buffers[r]` belongs to local rank r; `result` is the piece that all of them share. `place` is the same number on
+    all ranks for the same piece.
+    """
+
+    buffers: list[Tensor]
+    result: Tensor
+    place: int
+
+
+class _Segment:
+    """One allocation: a buffer for each rank and a shared result, one after another, each starting on a page."""
+
+    def __init__(self, memory: Tensor, stride_bytes: int, local_rank: int, local_size: int) -> None:
+        starts = [index * stride_bytes for index in range(local_size + 1)]
+        self.buffers = [memory[start : start + stride_bytes] for start in starts]
+        self.start = self.buffers[local_rank].data_ptr()
+        self.stop = self.start + stride_bytes
+
+
+class SharedMemory:
+    """What the ranks of a node share; `node` is their mpi4py communicator, which stays the caller's.
+
+    All ranks of the node must make it, and call `allocate`, together. Raises CommunicationError on all of them where
+    they cannot share memory.
+
+    `barrier` lets the ranks meet. `post_note` and `notes` exchange a few bytes at a barrier. `staging(slot)` gives the
+    ranks' slots, for data that does not lie in shared memory.
+    """
+
+    def __init__(
+        self, node: Any, lock: threading.Lock, timeout_seconds: float, note_bytes: int, slot_bytes: int, slots: int
+    ) -> None:
+        self.local_rank: int = node.Get_rank()
+        self.local_size: int = node.Get_size()
+        self._node = node
+        self.slot_bytes = slot_bytes
+        self._lock = lock
+        self._timeout_seconds = timeout_seconds
+        self._segments: list[_Segment] = []
+        self._views: dict[tuple[int, int, torch.dtype], Views] = {}
+        semaphores_bytes = barrier_bytes(self.local_size)
+        self._note_stride = -(-note_bytes // _LINE_BYTES) * _LINE_BYTES
+        self._notes_start = semaphores_bytes
+        notes_bytes = 2 * self.local_size * self._note_stride
+        self._slots_start = -(-(semaphores_bytes + notes_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+        stride_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        per_slot = (self.local_size + 1) * stride_bytes
+        self._file = self._map(self._slots_start + slots * per_slot)
+        memory = torch.frombuffer(self._file, dtype=torch.uint8)
+        starts = [self._slots_start + slot * per_slot for slot in range(slots)]
+        self._slots = [
+            _Segment(memory[start : start + per_slot], stride_bytes, self.local_rank, self.local_size)
+            for start in starts
+        ]
+        if self.local_rank == 0:
+            create_semaphores(memory.data_ptr(), self.local_size)
+        self._exchange([0])
+        self.barrier = NodeBarrier(memory.data_ptr(), self.local_rank, self.local_size)
+
+    def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return this rank's zeroed buffer of shape (numel,). All ranks of the node must call, with the same arguments.
+
+        Raises CommunicationError on all of them where the node has not enough memory for all of it.
+        """
+        if numel == 0:
+            return torch.zeros(0, dtype=dtype)
+        stride_bytes = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
+        memory = torch.frombuffer(self._map((self.local_size + 1) * stride_bytes), dtype=torch.uint8)
+        segment = _Segment(memory, stride_bytes, self.local_rank, self.local_size)
+        self._segments.append(segment)
+        own = segment.buffers[self.local_rank][: numel * dtype.itemsize].view(dtype)
+        # Touched by the rank that will write it, so that the pages come from memory near its core, and come now.
+        return own.zero_()
+
+    def find(self, data: Tensor) -> Views | None:
+        """Return the flat views of all ranks' counterparts of `data`, None where it lies in private memory."""
+        key = (data.data_ptr(), data.numel(), data.dtype)
+        known = self._views.get(key)
+        if known is None:
+            for index, segment in enumerate(self._segments):
+                if segment.start <= key[0] and key[0] + data.nbytes <= segment.stop:
+                    if len(self._views) >= _VIEWS_KEPT:
+                        self._views.clear()
+                    offset = key[0] - segment.start
+                    known = self._views[key] = _views(segment, offset, data.nbytes, data.dtype, index)
+                    break
+        return known
+
+    def staging(self, slot: int, numel: int, dtype: torch.dtype) -> Views:
+        """Return the first `numel` elements of the slot of every rank."""
+        return _views(self._slots[slot], 0, numel * dtype.itemsize, dtype, 0)
+
+    def post_note(self, parity: int, note: bytes) -> None:
+        """Leave a note for the ranks of the node, to be read by them after the next barrier.
+
+        Notes of even and odd parity alternate, so that a rank ahead does not overwrite what others still read.
+        """
+        start = self._notes_start + (parity * self.local_size + self.local_rank) * self._note_stride
+        self._file[start : start + len(note)] = note
+
+    def notes(self, parity: int, length: int) -> list[bytes]:
+        first = self._notes_start + parity * self.local_size * self._note_stride
+        starts = range(first, first + self.local_size * self._note_stride, self._note_stride)
+        return [self._file[start : start + length] for start in starts]
+
+    def close(self) -> None:
+        """Let go of all memory; tensors that still view it keep theirs mapped."""
+        self._segments.clear()
+        self._views.clear()
+        self._slots.clear()
+
+    def _map(self, n_bytes: int) -> mmap.mmap:
+        """Map new memory on all ranks of the node. All of them must call, with the same number."""
+        token = descriptor = free_bytes = 0
+        if self.local_rank == 0:
+            free_bytes = _free_bytes()
+            if n_bytes <= free_bytes:
+                with contextlib.suppress(OSError, AttributeError):
+                    token = secrets.randbits(62) | 1
+                    descriptor = os.memfd_create(_file_name(token))
+                    os.ftruncate(descriptor, n_bytes)
+        try:
+            (token, process, number, free_bytes), *_ = self._exchange([token, os.getpid(), descriptor, free_bytes])
+            if n_bytes > free_bytes:
+                raise CommunicationError(
+                    f"allocate: {n_bytes:,} bytes of shared memory are needed, but {free_bytes:,} are free on this node"
+                )
+            mapped: mmap.mmap | None = None
+            if self.local_rank == 0:
+                with contextlib.suppress(OSError, ValueError):
+                    mapped = mmap.mmap(descriptor, n_bytes)
+            else:
+                with contextlib.suppress(OSError, ValueError):
+                    mapped = _open_peers_file(process, number, token, n_bytes)
+            failed = [rank for rank, (good,) in enumerate(self._exchange([mapped is not None])) if not good]
+        finally:
+            if descriptor:
+                os.close(descriptor)
+        if failed or mapped is None:
+            raise CommunicationError(
+                f"allocate: local rank {failed[0]} cannot map memory that local rank 0 made, through "
+                f"/proc/{process}/fd (has each rank of this node a container of its own?)"
+            )
+        with contextlib.suppress(OSError, AttributeError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+        return mapped
+
+    def _exchange(self, numbers: list[int]) -> list[tuple[int, ...]]:
+        """Return the numbers of all ranks of the node."""
+        everyone = array("q", [0] * (len(numbers) * self.local_size))
+        with self._lock:
+            request = self._node.Iallgather(array("q", numbers), everyone)
+        deadline_seconds = time.monotonic() + self._timeout_seconds
+        while True:
+            with self._lock:
+                if request.Test():
+                    break
+            if time.monotonic() > deadline_seconds:
+                raise CommunicationTimeout(
+                    f"the ranks of this node did not come to share memory within {self._timeout_seconds:g} s"
+                )
+            time.sleep(_POLL_SECONDS)
+        width = len(numbers)
+        return [tuple(everyone[start : start + width]) for start in range(0, len(everyone), width)]
+
+
+def _views(segment: _Segment, offset: int, n_bytes: int, dtype: torch.dtype, index: int) -> Views:
+    pieces = [buffer[offset : offset + n_bytes].view(dtype) for buffer in segment.buffers]
+    return Views(pieces[:-1], pieces[-1], (index << 48) + offset)
+
+
+def _file_name(token: int) -> str:
+    return f"allreduce_sgd-{token:x}"
+
+
+def _open_peers_file(process: int, number: int, token: int, n_bytes: int) -> mmap.mmap | None:
+    path = f"/proc/{process}/fd/{number}"
+    # In a container of its own a rank sees other processes under the same numbers.
+    if _file_name(token) not in os.readlink(path):
+        return None
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, n_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def _free_bytes() -> int:
+    """Return how much more memory this node has, within the limit of the control group this process runs in."""
+    free_bytes = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        # Files in the page cache count as used, but give way.
+        pages = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used_bytes = int((group / "memory.current").read_text()) - int(pages["inactive_file"])
+        free_bytes = min(free_bytes, int((group / "memory.max").read_text()) - used_bytes)
+    return max(0, free_bytes)
