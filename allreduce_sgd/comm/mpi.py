@@ -86,7 +86,7 @@ class MpiCommunicator:
             self._messages = comm.Dup()
         self.rank: int = self._comm.Get_rank()
         self.size: int = self._comm.Get_size()
-        self.layout = Layout(self._comm, engine.lock, timeout_seconds, node_color)
+        self.layout = Layout(self._comm, engine.lock, timeout_seconds, not engine.oversubscribed, node_color)
         self.choice = choice(self.layout)
         self._channel: Channel | None = engine.open_channel()
         self._scratch = {CPU: Scratch(CPU)}

@@ -26,7 +26,8 @@ class CommunicationOptions:
     backend: str = option(
         "auto",
         "what carries the data: mpi (our own collectives over MPI), nccl or gloo (through torch.distributed), horovod "
-        "(where it is installed), single (no communication, one rank); auto takes nccl if every rank has its own GPU, else mpi",
+        "(where it is installed), single (no communication, one rank); auto takes nccl if every rank has its own GPU, "
+        "else mpi",
         choices=BACKENDS,
     )
     algorithm: str = option(

@@ -23,6 +23,10 @@ __all__ = ["SEMAPHORE_BYTES", "NodeBarrier", "Semaphore", "barrier_bytes", "crea
 SEMAPHORE_BYTES = 64
 
 
+# Some 20 µs: what peers that come at the same time are apart.
+_LOOKS = 64
+
+
 class _TimeSpec(ctypes.Structure):
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]  # as ctypes wants it
 
@@ -73,9 +77,13 @@ def create_semaphores(address: int, ranks: int) -> None:
 
 
 class NodeBarrier:
-    """A barrier of `ranks` processes whose semaphores start at `address`, 64 bytes aligned."""
+    """A barrier of `ranks` processes whose semaphores start at `address`, 64 bytes aligned.
 
-    def __init__(self, address: int, rank: int, ranks: int) -> None:
+    `spin`: look again for a moment before yielding; not where there are more ranks than cores.
+    """
+
+    def __init__(self, address: int, rank: int, ranks: int, spin: bool) -> None:
+        self._looks = _LOOKS if spin else 1
         rounds = _rounds(ranks)
 
         def semaphore(owner: int, index: int) -> Semaphore:
@@ -92,8 +100,11 @@ class NodeBarrier:
         """
         for peer, own in self._rounds:
             peer.post()
+            looks = self._looks
             while not own.take():
-                yield own
+                looks -= 1
+                if looks <= 0:
+                    yield own
 
 
 def _rounds(ranks: int) -> int:

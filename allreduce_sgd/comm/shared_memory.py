@@ -68,7 +68,14 @@ class SharedMemory:
     """
 
     def __init__(
-        self, node: Any, lock: threading.Lock, timeout_seconds: float, note_bytes: int, slot_bytes: int, slots: int
+        self,
+        node: Any,
+        lock: threading.Lock,
+        timeout_seconds: float,
+        spin: bool,
+        note_bytes: int,
+        slot_bytes: int,
+        slots: int,
     ) -> None:
         self.local_rank: int = node.Get_rank()
         self.local_size: int = node.Get_size()
@@ -95,7 +102,7 @@ class SharedMemory:
         if self.local_rank == 0:
             create_semaphores(memory.data_ptr(), self.local_size)
         self._exchange([0])
-        self.barrier = NodeBarrier(memory.data_ptr(), self.local_rank, self.local_size)
+        self.barrier = NodeBarrier(memory.data_ptr(), self.local_rank, self.local_size, spin)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return this rank's zeroed buffer of shape (numel,). All ranks of the node must call, with the same arguments.
