@@ -192,6 +192,8 @@ def discover(
     announced = announced_size(environment)
     if announced is None and not need_mpi:
         return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
+    # With UCX below MPICH, large messages both ways over TCP otherwise often go one way after the other, at half the rate.
+    os.environ.setdefault("UCX_TCP_PUT_ENABLE", "n")
     try:
         with warnings.catch_warnings():
             # mpi4py too suspects a wrong launcher; what we say about it below is one line, and tells what to do.

@@ -55,7 +55,7 @@ def test_the_default_job_writes_everything_and_can_be_run_again_from_its_configu
     assert set(SUMMARY_KEYS) <= set(summary)
     assert summary["test_accuracy"] >= 0.96
     assert (summary["world_size"], summary["workers"], summary["servers"]) == (2, 2, 0)
-    assert (summary["strategy"], summary["backend"], summary["algorithm"]) == ("sync", "mpi", "ring")
+    assert (summary["strategy"], summary["backend"], summary["algorithm"]) == ("sync", "mpi", "shared-memory")
     assert summary["epochs"] == 20
     assert summary["samples"] == 20 * 1438
     assert 0 < summary["exposed_communication_seconds"] < summary["train_seconds"] <= summary["wall_seconds"]

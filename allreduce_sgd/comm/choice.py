@@ -66,6 +66,15 @@ class Choice:
         """The algorithm that serves the largest messages."""
         return self.messages[-1].algorithm
 
+    @property
+    def order_free_of_chunks(self) -> bool:
+        """Whether an element is added in the same order whatever the size of the message, between nodes too."""
+        return all(
+            entry.algorithm in (SHARED_MEMORY, TWO_LEVEL)
+            or (entry.algorithm in ALL_REDUCE and ALL_REDUCE[entry.algorithm].order_free_of_chunks)
+            for entry in (*self.messages, *self.between)
+        )
+
     def suits(self, nodes: int, shared_memory: bool) -> bool:
         """Say whether ranks on so many nodes can use the table."""
         names = {entry.algorithm for entry in self.messages}

@@ -143,8 +143,16 @@ class MpiCommunicator:
         return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), blocking)
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+        buffer = check_buffer(buffer, "reduce_scatter")
         check_reduction(buffer, op, "reduce_scatter")
-        program = partial(self._flat, schedule=ring.reduce_scatter, op=op)
+        if self._node is not None and (self.layout.nodes == 1 or self.choice.order_free_of_chunks):
+            program = partial(self._node.reduce_scatter, op=op)
+        elif self.choice.order_free_of_chunks:
+            # The ring's order depends on the chunk; what all-reduces leaves every rank its chunk too.
+            entry = self.choice.for_message(buffer.nbytes)
+            program = partial(self._flat, schedule=_schedule(entry, buffer), op=op, look_ahead=_depth(entry))
+        else:
+            program = partial(self._flat, schedule=ring.reduce_scatter, op=op)
         return self._collective("reduce_scatter", buffer, program)
 
     def all_gather(self, buffer: Tensor) -> Work:

@@ -68,13 +68,31 @@ class NodeAllReduce:
         result = views.result if shared_result and views is not None else data
         return result, self._reduce(data, views, op, shared_result)
 
+    def reduce_scatter(self, data: Tensor, op: ReduceOp) -> tuple[Tensor, Program]:
+        """Return the flat tensor and the program that makes this rank's chunk of it the reduction.
+
+        On one node, from the window, that is half of an all-reduce; otherwise it is a whole one.
+        """
+        return data, self._reduce_scatter(data, self._memory.find(data), op)
+
+    def _reduce_scatter(self, data: Tensor, views: Views | None, op: ReduceOp) -> Program:
+        self._parity ^= 1
+        counterparts = yield from self._meet("reduce-scatter", data, views, op)
+        if counterparts and views is not None:
+            own = None if self._between is None else views.buffers
+            yield from self._reduce_chunk(views, own or [views.buffers[self._memory.local_rank]], op)
+            yield from self._memory.barrier.pass_through()
+        else:
+            yield from self._reduce_staged(data, op)
+
     def _reduce(self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool) -> Program:
         self._parity ^= 1
         small = views is None and self._between is None and data.nbytes <= _SMALL_BYTES
         slots = self._memory.staging(2 + self._parity, data.numel(), data.dtype) if small else None
         if slots is not None:
             slots.buffers[self._memory.local_rank].copy_(data)
-        counterparts = yield from self._meet(data, views, op, shared_result)
+        what = "all-reduce into one result" if shared_result else "all-reduce"
+        counterparts = yield from self._meet(what, data, views, op)
         if counterparts and views is not None:
             yield from self._reduce_chunk(views, None if shared_result else views.buffers, op)
             yield from self._memory.barrier.pass_through()
@@ -86,24 +104,21 @@ class NodeAllReduce:
             if shared_result and views is not None:
                 views.result.copy_(data)
 
-    def _meet(
-        self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool
-    ) -> Generator[Sleeper, None, bool]:
+    def _meet(self, what: str, data: Tensor, views: Views | None, op: ReduceOp) -> Generator[Sleeper, None, bool]:
         """Pass the first barrier; say whether all ranks brought counterparts of the same allocation.
 
         Raises CommunicationError where they brought different things.
         """
-        where = " into one result" if shared_result else ""
-        what = f"{op.value} of {data.numel()} {str(data.dtype).removeprefix('torch.')}{where}"
-        note = f"{what}|{'' if views is None else views.place}".encode().ljust(NOTE_BYTES)
+        call = f"{what}, {op.value} of {data.numel()} {str(data.dtype).removeprefix('torch.')}"
+        note = f"{call}|{'' if views is None else views.place}".encode().ljust(NOTE_BYTES)
         self._memory.post_note(self._parity, note)
         yield from self._memory.barrier.pass_through()
         notes = self._memory.notes(self._parity, NOTE_BYTES)
         if notes.count(note) == len(notes):
             return True
         calls = [other.decode().rstrip().split("|") for other in notes]
-        if any(call[0] != what for call in calls):
-            seen = "; ".join(f"local rank {rank}: {call[0]}" for rank, call in enumerate(calls))
+        if any(other[0] != call for other in calls):
+            seen = "; ".join(f"local rank {rank}: {other[0]}" for rank, other in enumerate(calls))
             raise CommunicationError(f"the ranks of this node reduce different things ({seen})")
         return False
 

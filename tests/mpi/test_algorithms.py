@@ -18,6 +18,7 @@ from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.comm.options import ALGORITHMS
 from allreduce_sgd.comm.progress import ProgressEngine
 from allreduce_sgd.errors import CommunicationError, ConfigError
+from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.topology import Topology
 from tests.mpi.conftest import TIMEOUT_SECONDS
 
@@ -200,6 +201,18 @@ def test_the_same_bits_on_all_ranks_and_every_time(comm: MpiCommunicator) -> Non
     assert all(other == results[0] for other in all_gather_object(comm, results[0]))
 
 
+def test_reduce_scatter_leaves_each_rank_its_chunk(comm: MpiCommunicator, allocation: Tensor) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int64):
+        for length in lengths(comm.size):
+            mine = contribution(comm.rank, length, dtype, comm.size)
+            wanted = expected(ReduceOp.SUM, length, dtype, comm.size)
+            own = chunk(length, comm.size, comm.rank)
+            allocated = allocation.view(dtype)[:length].copy_(mine)
+            for buffer in (mine, allocated):
+                comm.reduce_scatter(buffer).wait()
+                assert torch.equal(buffer[own], wanted[own])
+
+
 def test_bytes_are_counted(comm: MpiCommunicator) -> None:
     size, length = comm.size, 12 * comm.size
     before = comm.traffic.bytes_sent
@@ -255,7 +268,9 @@ def test_ranks_that_reduce_different_things_are_told(topology: Topology) -> None
         comm.close()
         pytest.skip("needs a second rank")
     work = comm.all_reduce(torch.ones(10 + comm.rank))
-    with pytest.raises(CommunicationError, match=r"local rank 0: sum of 10 float32; local rank 1: sum of 11 float32"):
+    with pytest.raises(
+        CommunicationError, match=r"rank 0: all-reduce, sum of 10 float32; local rank 1: all-reduce, sum of 11 float32"
+    ):
         work.wait()
     with pytest.raises(CommunicationError, match="not started, since an earlier operation failed"):
         comm.all_reduce(torch.ones(10)).wait()

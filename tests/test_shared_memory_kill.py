@@ -1,0 +1,121 @@
+"""Shared memory when a rank is killed, and what a rank that waits for a late one costs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launching import finish, mpirun, start
+
+SHM = Path("/dev/shm")
+
+# Reduces for ever, 8 MB in the shared memory of the node and 2 MB through its slots.
+FOR_EVER = """
+import torch
+import allreduce_sgd
+comm = allreduce_sgd.connect("mpi", device="cpu", algorithm="shared-memory", timeout_seconds=100.0)
+torch.set_num_threads(1)
+allocated, private = comm.allocate(2_000_000, torch.float32, torch.device("cpu")), torch.zeros(500_000)
+for number in range(10**9):
+    works = [comm.all_reduce(allocated, shared_result=number % 2 == 0), comm.all_reduce(private)]
+    for work in works:
+        work.wait()
+    if number == 20 and comm.rank == 0:
+        print("going", flush=True)
+"""
+
+# Rank 1 comes half a second after rank 0, in turn for each way to wait; rank 0 tells what share of a core it burnt.
+LATE = """
+import json, time, torch
+import allreduce_sgd
+comm = allreduce_sgd.connect("mpi", device="cpu", algorithm="ALGORITHM", timeout_seconds=60.0)
+torch.set_num_threads(1)
+allocated, private = comm.allocate(1000, torch.float32, torch.device("cpu")), torch.zeros(1_000_000)
+def wait_blocking(buffer):
+    comm.all_reduce(buffer, blocking=True)
+def wait_started(buffer):
+    comm.all_reduce(buffer).wait()
+def wait_beside_sleep(buffer):
+    work = comm.all_reduce(buffer)
+    time.sleep(0.5)
+    work.wait()
+for wait in (wait_blocking, wait_started, wait_beside_sleep):
+    for name, buffer in (("allocated", allocated), ("private", private)):
+        wait_started(buffer)
+        comm.barrier().wait()
+        started, cpu_seconds = time.perf_counter(), time.process_time()
+        if comm.rank == 1:
+            time.sleep(0.5)
+            wait_started(buffer)
+        else:
+            wait(buffer)
+            seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_seconds
+            print(json.dumps([wait.__name__, name, seconds, cpu_seconds]), flush=True)
+comm.close()
+"""
+
+
+def names_in_shm() -> set[str]:
+    return set(os.listdir(SHM))
+
+
+def abandoned_in_shm() -> set[str]:
+    """Return the files in /dev/shm that no process uses: other jobs may run on this machine."""
+    used = set()
+    for process in psutil.process_iter():
+        try:
+            used |= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith(f"{SHM}/")}
+            used |= {Path(file.path).name for file in process.open_files() if file.path.startswith(f"{SHM}/")}
+        except psutil.Error:
+            continue
+    return names_in_shm() - used
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [child for child in children if child.cmdline()[:1] == [sys.executable]]
+
+
+
+@pytest.mark.skipif(not SHM.is_dir(), reason="no /dev/shm here")
+@pytest.mark.parametrize("victims", ["one rank", "all ranks", "launcher and ranks"])
+def test_a_killed_job_ends_and_leaves_nothing(victims: str) -> None:
+    before = names_in_shm()
+    process = start(2, ["-c", FOR_EVER])
+    assert process.stdout is not None
+    assert process.stdout.readline() == "going\n"
+    ranks = ranks_of(process)
+    assert len(ranks) == 2
+    # The memory is there, and has no name that could stay.
+    maps = Path(f"/proc/{ranks[0].pid}/maps").read_text()
+    assert maps.count("allreduce_sgd-") >= 2
+    assert not {name for name in names_in_shm() if "allreduce" in name}
+    killed_seconds = time.monotonic()
+    for rank in ranks[-1:] if victims == "one rank" else ranks:
+        rank.kill()
+    if victims == "launcher and ranks":
+        process.send_signal(signal.SIGKILL)
+    done = finish(process, killed_seconds, timeout_seconds=20)
+    assert done.status != 0
+    assert done.seconds < 10
+    gone, alive = psutil.wait_procs(ranks, timeout=10)
+    assert len(gone) == 2, alive
+    assert not abandoned_in_shm() - before
+
+
+@pytest.mark.parametrize("algorithm", ["shared-memory", "ring"])
+def test_waiting_for_a_late_rank_burns_little(algorithm: str) -> None:
+    done = mpirun(2, ["-c", LATE.replace("ALGORITHM", algorithm)])
+    assert done.status == 0, done.errors
+    lines = [json.loads(line) for line in done.output.splitlines()]
+    assert len(lines) == 6
+    for wait, buffer, seconds, cpu_seconds in lines:
+        assert 0.45 < seconds < 3, (wait, buffer)
+        assert cpu_seconds / seconds < 0.5, (wait, buffer)
+    print(*lines, sep="\n")
