@@ -119,7 +119,7 @@ class Topology:
                     f"{self.describe()}: the other ranks did not come to agree within {limit_seconds:g} s"
                 )
             time.sleep(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, 0.01)
+            pause_seconds = min(2 * pause_seconds, 0.002)
 
     def abort(self, status: int) -> NoReturn:
         """End all ranks of the job at once, with this exit status where the launcher passes it on."""
@@ -192,7 +192,7 @@ def discover(
     announced = announced_size(environment)
     if announced is None and not need_mpi:
         return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
-    # With UCX below MPICH, large messages both ways over TCP otherwise often go one way after the other, at half the rate.
+    # UCX, below MPICH, otherwise often sends large messages over TCP one way after the other, at half the rate.
     os.environ.setdefault("UCX_TCP_PUT_ENABLE", "n")
     try:
         with warnings.catch_warnings():

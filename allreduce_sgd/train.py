@@ -224,7 +224,10 @@ def _saved_choice(saved: dict[str, Any], topology: Topology, explicit: frozenset
     table = saved.get("algorithm_table")
     if table is None or saved["world_size"] != topology.size or explicit & {"algorithm", "deterministic"}:
         return None
-    return Choice.from_lists(table)
+    try:
+        return Choice.from_lists(table)
+    except ValueError as problem:
+        raise ConfigError(f"--resume: the checkpoint's algorithm_table is damaged: {problem}") from problem
 
 
 def _differences(saved: dict[str, Any], trainer: "Trainer") -> str:
@@ -232,10 +235,13 @@ def _differences(saved: dict[str, Any], trainer: "Trainer") -> str:
     import torch
 
     present = {"ranks": trainer.comm.size, "threads": torch.get_num_threads(), "backend": trainer.comm.backend}
-    present |= {name: trainer.config.flat()[name] for name in ("bucket-mb", "first-bucket-mb")}
+    sizes = () if trainer.config.communication.deterministic else ("bucket-mb", "first-bucket-mb")
+    present |= {name: trainer.config.flat()[name] for name in sizes}
     before = {"ranks": saved["world_size"], "threads": saved["threads"], "backend": saved["backend"]}
-    before |= {name: saved["configuration"][name] for name in ("bucket-mb", "first-bucket-mb")}
+    before |= {name: saved["configuration"][name] for name in sizes}
     changes = [f"{name} {before[name]} -> {now}" for name, now in present.items() if before[name] != now]
+    if saved.get("algorithm_table") != trainer.comm.algorithm_table:
+        changes.append("another table of algorithms")
     return f" (sums will round differently: {', '.join(changes)})" if changes else ""
 
 

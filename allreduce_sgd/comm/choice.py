@@ -4,6 +4,8 @@ It is named by the user, or made from measurements (`measure.py`), and goes into
 in the same order.
 """
 
+import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -89,9 +91,16 @@ class Choice:
     @staticmethod
     def from_lists(lists: Sequence[Sequence[Sequence[int | str | None]]]) -> "Choice":
         """The inverse of `to_lists`. Raises ValueError where the lists are not such a table."""
-        messages, between = (tuple(_entry(row) for row in rows) for rows in lists)
-        if not messages or not between or messages[-1].limit_bytes is not None or between[-1].limit_bytes is not None:
-            raise ValueError(f"a table of algorithms must end with one for all sizes, not {lists}")
+        try:
+            messages, between = (tuple(_entry(row) for row in rows) for rows in lists)
+        except TypeError as problem:
+            raise ValueError(f"{lists} is no table of algorithms") from problem
+        for entries in (messages, between):
+            limits = [math.inf if entry.limit_bytes is None else entry.limit_bytes for entry in entries]
+            if not limits or limits[-1] != math.inf or any(low >= high for low, high in itertools.pairwise(limits)):
+                raise ValueError(f"a table of algorithms must ascend and end with one for all sizes, unlike {lists}")
+        if any(entry.algorithm not in ALL_REDUCE for entry in between):
+            raise ValueError(f"between nodes only schedules serve, unlike in {lists}")
         return Choice(messages, between)
 
 
@@ -160,7 +169,8 @@ def _first(entries: tuple[Entry, ...], n_bytes: int) -> Entry:
 
 def _entry(row: Sequence[int | str | None]) -> Entry:
     limit, name, segment = row
-    known = name in (LIBRARY, SHARED_MEMORY, TWO_LEVEL) or name in ALL_REDUCE
-    if not known or not isinstance(name, str) or isinstance(limit, str) or isinstance(segment, str):
+    known = isinstance(name, str) and (name in (LIBRARY, SHARED_MEMORY, TWO_LEVEL) or name in ALL_REDUCE)
+    whole = all(number is None or (type(number) is int and number > 0) for number in (limit, segment))
+    if not known or not whole:
         raise ValueError(f"{list(row)} is no entry of a table of algorithms")
-    return Entry(limit, name, segment)
+    return Entry(limit, name, segment)  # type: ignore[arg-type]  # checked just now

@@ -12,6 +12,7 @@ $XDG_CACHE_HOME/allreduce_sgd (else ~/.cache/allreduce_sgd). Delete it to have t
 import contextlib
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -67,6 +68,11 @@ class Costs:
     memory_seconds_per_byte: float
     library_up_to_bytes: int
 
+    def __post_init__(self) -> None:
+        for name in ("barrier_seconds", "memory_seconds_per_byte", "library_up_to_bytes"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"Costs: {name} is {getattr(self, name)}, allowed are 0 and more, and finite")
+
     def describe(self) -> str:
         """Return the table for people."""
         lines = ["link       alpha µs   beta ns/KiB   gamma ns/KiB"]
@@ -84,10 +90,10 @@ class Costs:
 def costs_of(comm: MpiCommunicator) -> Costs:
     """Return what was measured on these hosts, now or earlier, the same on all ranks. All ranks must call."""
     path = _cache_path(comm)
-    known = all_gather_object(comm, _read(path) if comm.rank == 0 else None)[0]
+    known = all_gather_object(comm, _read(path) if path is not None else None)[0]
     if known is None:
         known = asdict(_measure(comm))
-        if comm.rank == 0:
+        if path is not None:
             # A home that cannot be written to only costs the next start half a second.
             with contextlib.suppress(OSError):
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -239,11 +245,17 @@ def _time(comm: MpiCommunicator, call: Callable[[], Work | Tensor]) -> float:
     return float(everyone.min())
 
 
-def _cache_path(comm: MpiCommunicator) -> Path:
+def _cache_path(comm: MpiCommunicator) -> Path | None:
+    """Return rank 0's file for these hosts; None on other ranks, and for a user without a home. All ranks must call."""
     hosts = all_gather_object(comm, os.uname().nodename)
     what = [hosts, comm.layout.nodes_of, comm.layout.memory is not None, MPI.Get_library_version()]
     name = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    if comm.rank > 0:
+        return None
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return None
     return folder / "allreduce_sgd" / f"links-{name}.json"
 
 
@@ -252,7 +264,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
         _from_json(known)
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
     return dict(known)
 

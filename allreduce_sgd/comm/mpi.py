@@ -140,6 +140,7 @@ class MpiCommunicator:
 
         `op` combines what arrives in steps that reduce; AVERAGE divides by the number of ranks at the end.
         """
+        buffer = check_buffer(buffer, "run")
         return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), blocking)
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
@@ -156,11 +157,13 @@ class MpiCommunicator:
         return self._collective("reduce_scatter", buffer, program)
 
     def all_gather(self, buffer: Tensor) -> Work:
+        buffer = check_buffer(buffer, "all_gather")
         program = partial(self._flat, schedule=ring.all_gather, op=None)
         return self._collective("all_gather", buffer, program)
 
     def broadcast(self, buffer: Tensor, root: int = 0) -> Work:
         self._check_peer(root, "broadcast: root")
+        buffer = check_buffer(buffer, "broadcast")
 
         def from_root(rank: int, size: int, length: int) -> Iterator[Step]:
             for step in tree.broadcast((rank - root) % size, size, length):
@@ -226,16 +229,15 @@ class MpiCommunicator:
     def _collective(
         self,
         operation: str,
-        buffer: Tensor,
+        data: Tensor,
         program: Callable[[Tensor], tuple[Tensor, Program]],
         blocking: bool = False,
         staging_bytes: int | None = None,
     ) -> Work:
-        """Start the program that `program` makes for a flat tensor, together with where its result will be.
+        """Start the program that `program` makes for the flat data, together with where its result will be.
 
         `staging_bytes` is the length of the segments in which a tensor on a GPU may be staged; None: only as a whole.
         """
-        data = check_buffer(buffer, operation)
         channel = self._open_channel()
         if self.size == 1 or data.numel() == 0:
             return FinishedWork(data)

@@ -37,7 +37,11 @@ Between = Callable[[Tensor, ReduceOp], Program]
 NOTE_BYTES = 128
 # Two for pieces, by turns, and two for small tensors, so that one operation need not wait for the readers of the last.
 SLOTS = 4
+# Up to here one barrier and every rank adding everything beats two barriers and every rank adding its chunk; of what
+# would have to be copied into slots in any case, all ranks' data together count.
 _SMALL_BYTES = 32 * 1024
+_SMALL_PRIVATE_BYTES = 512 * 1024
+_NOTES_KEPT = 4096
 
 
 class NodeAllReduce:
@@ -61,10 +65,14 @@ class NodeAllReduce:
         self._size = size
         self._count = count
         self._parity = 0
+        self._notes: dict[tuple[str, int, torch.dtype, ReduceOp, int | None], bytes] = {}
 
     def all_reduce(self, data: Tensor, op: ReduceOp, shared_result: bool) -> tuple[Tensor, Program]:
         """Return where the result of reducing the flat tensor will be, and the program that makes it."""
         views = self._memory.find(data)
+        small_bytes = _SMALL_BYTES if views is not None else _SMALL_PRIVATE_BYTES // self._memory.local_size
+        if self._between is None and data.nbytes <= small_bytes:
+            return data, self._reduce_small(data, op, shared_result)
         result = views.result if shared_result and views is not None else data
         return result, self._reduce(data, views, op, shared_result)
 
@@ -76,7 +84,6 @@ class NodeAllReduce:
         return data, self._reduce_scatter(data, self._memory.find(data), op)
 
     def _reduce_scatter(self, data: Tensor, views: Views | None, op: ReduceOp) -> Program:
-        self._parity ^= 1
         counterparts = yield from self._meet("reduce-scatter", data, views, op)
         if counterparts and views is not None:
             own = None if self._between is None else views.buffers
@@ -86,39 +93,47 @@ class NodeAllReduce:
             yield from self._reduce_staged(data, op)
 
     def _reduce(self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool) -> Program:
-        self._parity ^= 1
-        small = views is None and self._between is None and data.nbytes <= _SMALL_BYTES
-        slots = self._memory.staging(2 + self._parity, data.numel(), data.dtype) if small else None
-        if slots is not None:
-            slots.buffers[self._memory.local_rank].copy_(data)
-        what = "all-reduce into one result" if shared_result else "all-reduce"
-        counterparts = yield from self._meet(what, data, views, op)
+        counterparts = yield from self._meet(_what(shared_result), data, views, op)
         if counterparts and views is not None:
             yield from self._reduce_chunk(views, None if shared_result else views.buffers, op)
             yield from self._memory.barrier.pass_through()
-        elif counterparts and slots is not None:
-            self._count_peers(data)
-            reduce_into([data], slots.buffers, op, self._size)
         else:
             yield from self._reduce_staged(data, op)
             if shared_result and views is not None:
                 views.result.copy_(data)
+
+    def _reduce_small(self, data: Tensor, op: ReduceOp, shared_result: bool) -> Program:
+        """Add all ranks' data on every rank: one barrier."""
+        # By turns with the operation before, whose slots others may still be reading; `_meet` makes the next turn.
+        slots = self._memory.staging(2 + (self._parity ^ 1), data.numel(), data.dtype)
+        slots.buffers[self._memory.local_rank].copy_(data)
+        if (yield from self._meet(_what(shared_result), data, None, op)):
+            self._count_peers(data)
+            reduce_into([data], slots.buffers, op, self._size)
+        else:
+            # Some rank's data lie in the window, and are not small there.
+            yield from self._reduce_staged(data, op)
 
     def _meet(self, what: str, data: Tensor, views: Views | None, op: ReduceOp) -> Generator[Sleeper, None, bool]:
         """Pass the first barrier; say whether all ranks brought counterparts of the same allocation.
 
         Raises CommunicationError where they brought different things.
         """
-        call = f"{what}, {op.value} of {data.numel()} {str(data.dtype).removeprefix('torch.')}"
-        note = f"{call}|{'' if views is None else views.place}".encode().ljust(NOTE_BYTES)
+        self._parity ^= 1
+        key = (what, data.numel(), data.dtype, op, None if views is None else views.place)
+        note = self._notes.get(key)
+        if note is None:
+            if len(self._notes) >= _NOTES_KEPT:
+                self._notes.clear()
+            note = self._notes[key] = _note(*key)
         self._memory.post_note(self._parity, note)
         yield from self._memory.barrier.pass_through()
         notes = self._memory.notes(self._parity, NOTE_BYTES)
         if notes.count(note) == len(notes):
             return True
-        calls = [other.decode().rstrip().split("|") for other in notes]
-        if any(other[0] != call for other in calls):
-            seen = "; ".join(f"local rank {rank}: {other[0]}" for rank, other in enumerate(calls))
+        calls = [other.decode().split("|")[0] for other in notes]
+        if len(set(calls)) > 1:
+            seen = "; ".join(f"local rank {rank}: {call}" for rank, call in enumerate(calls))
             raise CommunicationError(f"the ranks of this node reduce different things ({seen})")
         return False
 
@@ -168,3 +183,12 @@ class NodeAllReduce:
     def _count_peers(self, piece: Tensor) -> None:
         """Count the piece once for every peer out of whose memory, or into which, it goes."""
         self._count((self._memory.local_size - 1) * piece.nbytes)
+
+
+def _what(shared_result: bool) -> str:
+    return "all-reduce into one result" if shared_result else "all-reduce"
+
+
+def _note(what: str, numel: int, dtype: torch.dtype, op: ReduceOp, place: int | None) -> bytes:
+    call = f"{what}, {op.value} of {numel} {str(dtype).removeprefix('torch.')}"
+    return f"{call}|{'' if place is None else place}".encode().ljust(NOTE_BYTES)

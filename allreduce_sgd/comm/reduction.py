@@ -56,17 +56,20 @@ def reduce_into(targets: Sequence[Tensor], sources: Sequence[Tensor], op: Reduce
     dtype = accumulator_dtype(sources[0].dtype, op)
     # One target takes the whole length at once: nothing is gained by going through the cache block by block.
     whole = len(targets) == 1 and len(sources) <= 2 and dtype is sources[0].dtype
-    block = max(1, length if whole else _BLOCK_BYTES // dtype.itemsize)
-    direct = targets[0].dtype is dtype and not any(targets[0].data_ptr() == source.data_ptr() for source in sources[2:])
-    scratch = None if direct else torch.empty(min(block, length), dtype=dtype)
+    block = length if whole else min(length, _BLOCK_BYTES // dtype.itemsize)
+    first = targets[0]
+    direct = first.dtype is dtype and all(first.data_ptr() != source.data_ptr() for source in sources[2:])
+    scratch = None if direct else torch.empty(block, dtype=dtype)
     for start in range(0, length, block):
-        stop = min(start + block, length)
-        total = targets[0][start:stop] if scratch is None else scratch[: stop - start]
-        _accumulate(total, [source[start:stop] for source in sources], op)
+        piece = slice(start, start + block)
+        into = targets if block == length else [target[piece] for target in targets]
+        parts = sources if block == length else [source[piece] for source in sources]
+        total = into[0] if scratch is None else scratch[: parts[0].numel()]
+        _accumulate(total, parts, op)
         if average_over is not None:
             finish(op, total, average_over)
-        for target in targets if scratch is not None else targets[1:]:
-            target[start:stop].copy_(total)
+        for target in into if scratch is not None else into[1:]:
+            target.copy_(total)
 
 
 def _accumulate(total: Tensor, sources: Sequence[Tensor], op: ReduceOp) -> None:

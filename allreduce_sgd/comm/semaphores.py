@@ -41,24 +41,21 @@ class Semaphore:
         self._post = quick.sem_post
         self._try_wait = quick.sem_trywait
         self._timed_wait = slow.sem_timedwait
-        self._taken = 0
 
     def post(self) -> None:
         self._post(self._address)
 
     def take(self) -> bool:
         """Take one post if there is one, without waiting."""
-        if self._taken:
-            self._taken -= 1
-            return True
         return self._try_wait(self._address) == 0
 
     def sleep(self, seconds: float) -> None:
-        """Sleep until a post comes, at most this long; the post is kept for `take`."""
+        """Sleep until there is a post, at most this long; it is left for `take`."""
         nanoseconds = time.time_ns() + int(seconds * 1e9)
         until = _TimeSpec(nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
         if self._timed_wait(self._address, ctypes.byref(until)) == 0:
-            self._taken += 1
+            # Given back, for `take` and for other threads that sleep on it.
+            self._post(self._address)
         elif ctypes.get_errno() not in (errno.ETIMEDOUT, errno.EINTR):
             raise OSError(ctypes.get_errno(), f"sem_timedwait: {os.strerror(ctypes.get_errno())}")
 

@@ -85,6 +85,7 @@ class SharedMemory:
         self._timeout_seconds = timeout_seconds
         self._segments: list[_Segment] = []
         self._views: dict[tuple[int, int, torch.dtype], Views] = {}
+        self._staging: dict[tuple[int, int, torch.dtype], Views] = {}
         semaphores_bytes = barrier_bytes(self.local_size)
         self._note_stride = -(-note_bytes // _LINE_BYTES) * _LINE_BYTES
         self._notes_start = semaphores_bytes
@@ -135,7 +136,13 @@ class SharedMemory:
 
     def staging(self, slot: int, numel: int, dtype: torch.dtype) -> Views:
         """Return the first `numel` elements of the slot of every rank."""
-        return _views(self._slots[slot], 0, numel * dtype.itemsize, dtype, 0)
+        key = (slot, numel, dtype)
+        known = self._staging.get(key)
+        if known is None:
+            if len(self._staging) >= _VIEWS_KEPT:
+                self._staging.clear()
+            known = self._staging[key] = _views(self._slots[slot], 0, numel * dtype.itemsize, dtype, 0)
+        return known
 
     def post_note(self, parity: int, note: bytes) -> None:
         """Leave a note for the ranks of the node, to be read by them after the next barrier.
@@ -155,10 +162,12 @@ class SharedMemory:
         self._segments.clear()
         self._views.clear()
         self._slots.clear()
+        self._staging.clear()
 
     def _map(self, n_bytes: int) -> mmap.mmap:
         """Map new memory on all ranks of the node. All of them must call, with the same number."""
-        token = descriptor = free_bytes = 0
+        token = free_bytes = 0
+        descriptor = -1
         if self.local_rank == 0:
             free_bytes = _free_bytes()
             if n_bytes <= free_bytes:
@@ -181,7 +190,7 @@ class SharedMemory:
                     mapped = _open_peers_file(process, number, token, n_bytes)
             failed = [rank for rank, (good,) in enumerate(self._exchange([mapped is not None])) if not good]
         finally:
-            if descriptor:
+            if descriptor >= 0:
                 os.close(descriptor)
         if failed or mapped is None:
             raise CommunicationError(

@@ -52,6 +52,8 @@ def memory() -> Iterator[int]:
     """The address of zeroed memory."""
     area = mmap.mmap(-1, AREA_BYTES)
     yield ctypes.addressof(ctypes.c_char.from_buffer(area))
+    # Memory that nothing refers to is unmapped, used or not.
+    del area
 
 
 @pytest.fixture
@@ -181,7 +183,7 @@ def test_sleep_lets_other_threads_run(semaphore: Semaphore) -> None:
     assert counted == 1000
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.999_999_999])
+@pytest.mark.parametrize("seconds", [0.0, 0.05, 0.3])
 def test_sleep_ends_when_no_post_comes(semaphore: Semaphore, seconds: float) -> None:
     started, cpu_seconds = time.monotonic(), time.process_time()
     semaphore.sleep(seconds)

@@ -88,7 +88,7 @@ def allocation(comm: MpiCommunicator) -> Tensor:
 
 
 def lengths(size: int) -> list[int]:
-    return sorted({0, 1, size - 1, size, size + 1, 2 * size + 1, 3_011})
+    return sorted({0, 1, size - 1, size, size + 1, 2 * size + 1, 10_011})
 
 
 def contribution(rank: int, length: int, dtype: torch.dtype, size: int) -> Tensor:
@@ -158,22 +158,25 @@ def test_long_buffers_in_many_pieces_and_blocks(topology: Topology, algorithm: s
 
 
 def test_a_part_of_an_allocated_buffer(comm: MpiCommunicator) -> None:
-    allocated = comm.allocate(1000, torch.float32, CPU)
-    allocated.fill_(comm.rank + 1)
-    comm.all_reduce(allocated[17:501]).wait()
+    allocated = comm.allocate(30_000, torch.float32, CPU)
     total = comm.size * (comm.size + 1) / 2
-    assert torch.equal(allocated[17:501], torch.full((484,), total))
-    assert torch.equal(allocated[:17], torch.full((17,), comm.rank + 1.0))
-    assert torch.equal(allocated[501:], torch.full((499,), comm.rank + 1.0))
+    for stop in (501, 20_001):
+        allocated.fill_(comm.rank + 1)
+        comm.all_reduce(allocated[17:stop]).wait()
+        assert torch.equal(allocated[17:stop], torch.full((stop - 17,), total))
+        assert torch.equal(allocated[:17], torch.full((17,), comm.rank + 1.0))
+        assert torch.equal(allocated[stop:], torch.full((30_000 - stop,), comm.rank + 1.0))
 
 
 def test_allocated_on_some_ranks_and_private_on_others(comm: MpiCommunicator) -> None:
-    allocated = comm.allocate(100, torch.float32, CPU)
-    buffer = allocated if comm.rank % 2 == 0 else torch.empty(100)
-    for shared in (False, True):
-        buffer.fill_(comm.rank + 1)
-        result = comm.all_reduce(buffer, shared_result=shared).wait()
-        assert torch.equal(result, torch.full((100,), comm.size * (comm.size + 1) / 2))
+    # Small in both kinds of memory, in private memory only, and in none.
+    for length in (100, 20_000, 200_000):
+        allocated = comm.allocate(length, torch.float32, CPU)
+        buffer = allocated if comm.rank % 2 == 0 else torch.empty(length)
+        for shared in (False, True):
+            buffer.fill_(comm.rank + 1)
+            result = comm.all_reduce(buffer, shared_result=shared).wait()
+            assert torch.equal(result, torch.full((length,), comm.size * (comm.size + 1) / 2))
 
 
 def test_many_in_flight_in_both_kinds_of_memory(comm: MpiCommunicator) -> None:
