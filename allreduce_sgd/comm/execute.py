@@ -9,7 +9,7 @@ Messages between two ranks carry their number as the tag, since sends may start 
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -102,8 +102,10 @@ class Execution:
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
 
-    def run(self, steps: Iterable[Step], look_ahead: int) -> Program:
-        upcoming, going = iter(steps), self._going
+    def run(self, steps: Iterable[Step], look_ahead: int, longest_bytes: int | None = None) -> Program:
+        """Run the steps. Messages of more than `longest_bytes` are cut, on all ranks alike; None: none are."""
+        upcoming = iter(steps if longest_bytes is None else self._cut(steps, longest_bytes))
+        going = self._going
         moved = True
         while True:
             while len(going) < look_ahead and (step := next(upcoming, None)) is not None:
@@ -123,6 +125,12 @@ class Execution:
             if not finished:
                 yield moved
                 moved = False
+
+    def _cut(self, steps: Iterable[Step], longest_bytes: int) -> Iterator[Step]:
+        longest = max(1, longest_bytes // self._item_bytes)
+        for step in steps:
+            for start in range(0, max(_length(step.send), _length(step.recv), 1), longest):
+                yield step._replace(send=_part(step.send, start, longest), recv=_part(step.recv, start, longest))
 
     def _admit(self, step: Step) -> _Going:
         send = receive = None
@@ -174,4 +182,13 @@ class Execution:
         return [MPI.buffer.fromaddress(address, self._bytes(piece)), MPI.BYTE]
 
     def _bytes(self, piece: slice) -> int:
-        return int(piece.stop - piece.start) * self._item_bytes
+        return _length(piece) * self._item_bytes
+
+
+def _length(piece: slice) -> int:
+    return int(piece.stop - piece.start)
+
+
+def _part(piece: slice, start: int, length: int) -> slice:
+    """Return `length` elements from element `start` of the piece, fewer or none where it ends before."""
+    return slice(min(piece.start + start, piece.stop), min(piece.start + start + length, piece.stop))

@@ -55,7 +55,10 @@ CPU = torch.device("cpu")
 _STAGING_BYTES = 4 * 2**20
 # Two steps, so that receives are posted before their messages come; more where a step is only a segment.
 _LOOK_AHEAD = 2
-_LOOK_AHEAD_SEGMENTS = 6
+_LOOK_AHEAD_SEGMENTS = 4
+# Between nodes long messages that meet often go one way after the other, at half the rate; several of this length at
+# once fill a link both ways (1 Gbit/s TCP, MPICH and Open MPI; see benchmarks/README.md).
+_LONGEST_BYTES_BETWEEN = 512 * 1024
 
 
 class MpiCommunicator:
@@ -288,7 +291,9 @@ class MpiCommunicator:
         wide = flat if op is None else flat.to(accumulator_dtype(flat.dtype, op))
         steps = schedule(self.rank, self.size, flat.numel())
         scratch = self._scratch.setdefault(flat.device, Scratch(flat.device))
-        yield from Execution(wide, op, self._comm, scratch, self._count).run(steps, look_ahead)
+        longest = None if self.layout.nodes == 1 else _LONGEST_BYTES_BETWEEN
+        look_ahead = look_ahead if longest is None else _LOOK_AHEAD_SEGMENTS
+        yield from Execution(wide, op, self._comm, scratch, self._count).run(steps, look_ahead, longest)
         if op is not None:
             finish(op, wide, self.size)
         if wide is not flat:
@@ -298,7 +303,8 @@ class MpiCommunicator:
         """Combine a lane's chunk over the nodes."""
         entry = self.choice.for_between(flat.nbytes)
         steps = _schedule(entry, flat)(self.layout.node, self.layout.nodes, flat.numel())
-        yield from Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count).run(steps, _depth(entry))
+        execution = Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count)
+        yield from execution.run(steps, _LOOK_AHEAD_SEGMENTS, _LONGEST_BYTES_BETWEEN)
 
     def _library(self, flat: Tensor, op: ReduceOp) -> tuple[Tensor, Program]:
         return flat, self._run_library(flat, op)
