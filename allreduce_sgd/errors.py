@@ -1,6 +1,13 @@
 """The exceptions of the package, so that callers can tell a user's mistake from a failure of the network."""
 
-__all__ = ["CheckpointError", "CommunicationError", "CommunicationTimeout", "ConfigError", "MismatchError"]
+__all__ = [
+    "CheckpointError",
+    "CommunicationError",
+    "CommunicationTimeout",
+    "ConfigError",
+    "MemoryNotSharedError",
+    "MismatchError",
+]
 
 
 class ConfigError(Exception):
@@ -19,6 +26,10 @@ class CommunicationError(RuntimeError):
 
 class CommunicationTimeout(CommunicationError):
     """A wait passed its deadline; the text names the operation, the rank and the seconds waited."""
+
+
+class MemoryNotSharedError(CommunicationError):
+    """The ranks of a node cannot share memory, or not as much; the text says why."""
 
 
 class MismatchError(CommunicationError):

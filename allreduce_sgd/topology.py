@@ -13,6 +13,7 @@ import itertools
 import os
 import pickle
 import socket
+import stat
 import sys
 import threading
 import time
@@ -263,7 +264,7 @@ def remove_abandoned(folder: Path, processes: Path, now_seconds: float) -> list[
     """
     try:
         found = [path for pattern in _MPI_FILES for path in folder.glob(pattern)]
-        old = [path for path in found if path.stat().st_uid == os.getuid() and now_seconds - path.stat().st_mtime > 60]
+        old = [path for path in found if _is_old_file_of_mine(path, now_seconds)]
         if not old:
             return []
         used: set[str] = set()
@@ -275,8 +276,14 @@ def remove_abandoned(folder: Path, processes: Path, now_seconds: float) -> list[
         return []
     abandoned = [path for path in old if str(path) not in used]
     for path in abandoned:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink()
     return abandoned
+
+
+def _is_old_file_of_mine(path: Path, now_seconds: float) -> bool:
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and now_seconds - status.st_mtime > 60
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

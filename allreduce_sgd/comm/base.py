@@ -113,6 +113,9 @@ class Communicator(Protocol):
     ) -> Work:
         """Replace every rank's buffer by the reduction of all, the same bits on all ranks. All ranks must call.
 
+        On several nodes all ranks pass memory of the same `allocate`, at the same place in it, or all other memory;
+        within one node they may differ, which is slower.
+
         `shared_result` allows the result to lie elsewhere: `wait` returns one tensor that all ranks of the node read,
         if the buffer came from `allocate` and the back end can, else the buffer. It must not be written to, and is
         valid until this rank reduces the same buffer again; the buffer itself keeps this rank's data or becomes the

@@ -84,6 +84,18 @@ class Choice:
             return False
         return shared_memory or not names & {SHARED_MEMORY, TWO_LEVEL}
 
+    def describe(self, nodes: int) -> str:
+        """Return the table for people: a line per entry."""
+        groups = [("all-reduce of", self.messages)]
+        if nodes > 1:
+            groups.append(("between nodes", self.between))
+        lines = []
+        for what, entries in groups:
+            for entry in entries:
+                limit = "more" if entry.limit_bytes is None else f"up to {entry.limit_bytes:,} bytes"
+                lines.append(f"{what} {limit}: {entry.describe()}")
+        return "\n".join(lines)
+
     def to_lists(self) -> AlgorithmTable:
         """Return the table in the form in which JSON keeps it."""
         return [[list(entry) for entry in entries] for entries in (self.messages, self.between)]

@@ -30,7 +30,9 @@ def connect(
     """
     backend = options.backend
     if backend == "auto":
-        backend = _suitable(topology, device)
+        backend = _suitable(topology, device, options)
+    if backend not in ("mpi", "single"):
+        _refuse_what_only_mpi_has(backend, options)
     if backend == "single":
         if topology.size > 1:
             raise ConfigError(
@@ -64,21 +66,30 @@ def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choi
 
     engine = ProgressEngine(topology.mpi_lock, oversubscribed=topology.local_size > topology.cores)
     comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
+    costs = None
     if saved is not None and saved.suits(comm.layout.nodes, comm.layout.memory is not None):
         comm.choice = saved
     elif comm.size > 1 and options.algorithm == "auto" and not options.deterministic:
         costs = costs_of(comm)
         comm.choice = choose(comm, costs)
-        if options.verbose and comm.rank == 0:
-            print(costs.describe(), flush=True)
+    if options.verbose and comm.rank == 0:
+        shared = "" if comm.layout.memory is not None else "the ranks of a node share no memory here\n"
+        measured = "" if costs is None else f"{costs.describe()}\n"
+        print(f"{shared}{measured}{comm.choice.describe(comm.layout.nodes)}", flush=True)
     return comm
 
 
-def _suitable(topology: Topology, device: "torch.device") -> str:
+def _refuse_what_only_mpi_has(backend: str, options: CommunicationOptions) -> None:
+    for flag, asked in (("--deterministic", options.deterministic), ("--algorithm", options.algorithm != "auto")):
+        if asked:
+            raise ConfigError(f"{flag}: --backend {backend} adds in an order of its own; choose mpi or auto")
+
+
+def _suitable(topology: Topology, device: "torch.device", options: CommunicationOptions) -> str:
     own_gpus = _own_gpus(topology, device)
     if topology.size == 1:
         return "single"
-    return "nccl" if own_gpus else "mpi"
+    return "nccl" if own_gpus and not options.deterministic and options.algorithm == "auto" else "mpi"
 
 
 def _own_gpus(topology: Topology, device: "torch.device") -> bool:

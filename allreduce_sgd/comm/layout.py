@@ -12,7 +12,7 @@ from mpi4py import MPI
 
 from allreduce_sgd.comm.node import NOTE_BYTES, SLOTS
 from allreduce_sgd.comm.shared_memory import SharedMemory
-from allreduce_sgd.errors import CommunicationError
+from allreduce_sgd.errors import MemoryNotSharedError
 
 __all__ = ["Layout"]
 
@@ -45,7 +45,7 @@ class Layout:
         slot_bytes = _SLOT_BYTES if len(set(leaders)) == 1 else _SLOT_BYTES_BETWEEN
         self.memory: SharedMemory | None = None
         # Without it collectives are slower and otherwise the same; who asked for it by name is told by the choice.
-        with contextlib.suppress(CommunicationError):
+        with contextlib.suppress(MemoryNotSharedError):
             self.memory = SharedMemory(self._local, lock, timeout_seconds, spin, NOTE_BYTES, slot_bytes, SLOTS)
         with lock:
             if not all(comm.allgather(self.memory is not None)):
@@ -67,6 +67,7 @@ class Layout:
         """All ranks must call, while nothing is under way."""
         if self.memory is not None:
             self.memory.close()
+            self.memory = None
         with self._lock:
             self._local.Free()
             if self.lane is not None:

@@ -52,6 +52,9 @@ _MEMORY_BYTES = (256, 4 << 20)
 _ROUNDS = 9
 _CANDIDATE_BYTES = tuple(1 << power for power in range(6, 19, 2))
 _LEAST_SEGMENT_BYTES = 64 * 1024
+_MOST_SEGMENT_BYTES = 1 << 20
+# Above it two levels send the fewest bytes, whatever noise says of them.
+_FLAT_UP_TO_BYTES = 64 * 1024
 _GROUP_POWERS = range(8, 31)
 
 
@@ -123,7 +126,11 @@ def choose(comm: MpiCommunicator, costs: Costs) -> Choice:
             across = _best(layout.nodes, n_bytes // layout.lanes, costs.between.shared_by(layout.lanes))
             two_level += _seconds(across, layout.nodes, n_bytes // layout.lanes, costs.between.shared_by(layout.lanes))
         flat_link = costs.between or costs.inside
-        faster = flat_link is None or two_level <= _seconds(flat, comm.size, n_bytes, flat_link)
+        faster = (
+            n_bytes > _FLAT_UP_TO_BYTES
+            or flat_link is None
+            or two_level <= _seconds(flat, comm.size, n_bytes, flat_link)
+        )
         large.append(Entry(n_bytes, TWO_LEVEL) if faster else flat)
     messages = merge(large)
     if costs.library_up_to_bytes:
@@ -143,7 +150,9 @@ def _best(size: int, n_bytes: int, link: LinkCost | None) -> Entry:
         return Entry(n_bytes, "halving-doubling")
     name = cheapest(size, n_bytes, link, tuple(ALL_REDUCE))
     segment = ALL_REDUCE[name].best_segment_bytes(size, n_bytes, link)
-    return Entry(n_bytes, name, None if segment is None else max(segment, _LEAST_SEGMENT_BYTES))
+    return Entry(
+        n_bytes, name, None if segment is None else min(max(segment, _LEAST_SEGMENT_BYTES), _MOST_SEGMENT_BYTES)
+    )
 
 
 def _seconds(entry: Entry, size: int, n_bytes: int, link: LinkCost) -> float:

@@ -91,7 +91,7 @@ class MpiCommunicator:
         self.size: int = self._comm.Get_size()
         self.layout = Layout(self._comm, engine.lock, timeout_seconds, not engine.oversubscribed, node_color)
         self.choice = choice(self.layout)
-        self._channel: Channel | None = engine.open_channel()
+        self._channel: Channel | None = engine.open_channel(None if self.layout.nodes == 1 else self._comm.Iprobe)
         self._scratch = {CPU: Scratch(CPU)}
         self._copiers: dict[torch.device, CudaCopier] = {}
         self._device_memory = mpi_takes_device_memory()
@@ -125,7 +125,7 @@ class MpiCommunicator:
         buffer = check_buffer(buffer, "all_reduce")
         check_reduction(buffer, op, "all_reduce")
         entry = self.choice.for_message(buffer.nbytes)
-        if entry.algorithm == LIBRARY and buffer.dtype not in _LIBRARY_TYPES:
+        if entry.algorithm == LIBRARY and not _library_can(buffer, op):
             entry = Entry(None, "recursive-doubling" if self._node is None else TWO_LEVEL)
         if buffer.is_cuda and self._device_memory and entry.algorithm in (SHARED_MEMORY, TWO_LEVEL):
             entry = self.choice.for_between(buffer.nbytes)
@@ -149,11 +149,12 @@ class MpiCommunicator:
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         buffer = check_buffer(buffer, "reduce_scatter")
         check_reduction(buffer, op, "reduce_scatter")
-        if self._node is not None and (self.layout.nodes == 1 or self.choice.order_free_of_chunks):
+        on_host = buffer.device == CPU or not self._device_memory
+        if on_host and self._node is not None and (self.layout.nodes == 1 or self.choice.order_free_of_chunks):
             program = partial(self._node.reduce_scatter, op=op)
         elif self.choice.order_free_of_chunks:
             # The ring's order depends on the chunk; what all-reduces leaves every rank its chunk too.
-            entry = self.choice.for_message(buffer.nbytes)
+            entry = self.choice.for_between(buffer.nbytes)
             program = partial(self._flat, schedule=_schedule(entry, buffer), op=op, look_ahead=_depth(entry))
         else:
             program = partial(self._flat, schedule=ring.reduce_scatter, op=op)
@@ -215,6 +216,7 @@ class MpiCommunicator:
         self.barrier().wait()
         self._engine.close_channel(self._channel)
         self._channel = None
+        self._node = None
         self.layout.close()
         with self._engine.lock:
             self._comm.Free()
@@ -248,9 +250,7 @@ class MpiCommunicator:
         if data.device != CPU and not self._device_memory:
             steps = self._staged(data, program, staging_bytes)
         else:
-            if data.is_cuda:
-                # MPI knows nothing of streams: what it reads must have been written.
-                torch.cuda.current_stream(data.device).synchronize()
+            _settle(data)
             flat, steps = program(data.view(-1))
             if flat.data_ptr() != data.data_ptr():
                 result = flat.view(data.shape)
@@ -289,6 +289,7 @@ class MpiCommunicator:
     def _run(self, flat: Tensor, schedule: Schedule, op: ReduceOp | None, look_ahead: int) -> Program:
         """Run a schedule over all ranks, narrow floats in float32 where they are added up."""
         wide = flat if op is None else flat.to(accumulator_dtype(flat.dtype, op))
+        _settle(wide)
         steps = schedule(self.rank, self.size, flat.numel())
         scratch = self._scratch.setdefault(flat.device, Scratch(flat.device))
         longest = None if self.layout.nodes == 1 else _LONGEST_BYTES_BETWEEN
@@ -298,6 +299,7 @@ class MpiCommunicator:
             finish(op, wide, self.size)
         if wide is not flat:
             flat.copy_(wide)
+        _settle(flat)
 
     def _between(self, flat: Tensor, op: ReduceOp) -> Program:
         """Combine a lane's chunk over the nodes."""
@@ -317,6 +319,7 @@ class MpiCommunicator:
         while not request.Test():
             yield False
         finish(op, flat, self.size)
+        _settle(flat)
 
     def _barrier(self) -> Program:
         request = self._comm.Ibarrier()
@@ -348,6 +351,20 @@ class MpiCommunicator:
     def _count(self, sent_bytes: int) -> None:
         assert self.traffic.bytes_sent is not None
         self.traffic.bytes_sent += sent_bytes
+
+
+def _settle(data: Tensor) -> None:
+    """Wait until a GPU has done what this thread asked of it: MPI, and other threads, know nothing of its streams."""
+    if data.is_cuda:
+        torch.cuda.current_stream(data.device).synchronize()
+
+
+def _library_can(buffer: Tensor, op: ReduceOp) -> bool:
+    """Say whether MPI's own all-reduce knows the dtype and gives the same result on all ranks.
+
+    Minima and maxima of floats it compares in an order that depends on the rank: where one is NaN, results differ.
+    """
+    return buffer.dtype in _LIBRARY_TYPES and not (buffer.is_floating_point() and op in (ReduceOp.MIN, ReduceOp.MAX))
 
 
 def _schedule(entry: Entry, data: Tensor) -> Schedule:

@@ -43,6 +43,7 @@ _SLEEP_SECONDS = 0.00005
 _LONGEST_SLEEP_SECONDS = 0.0002
 # Longer, since a peer's post ends it; not for ever, since other operations may be started meanwhile.
 _SLEEPER_SECONDS = 0.002
+_POKE_SECONDS = 0.005
 _CLOSE_SECONDS = 5.0
 
 
@@ -118,8 +119,9 @@ class Channel:
     After one has failed the ranks no longer agree about what comes next, so that the rest fails too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, poke: Callable[[], object] | None) -> None:
         self.queue: deque[Operation] = deque()
+        self.poke = poke
         self._failure: str | None = None
 
     def append(self, operation: Operation) -> None:
@@ -185,9 +187,13 @@ class ProgressEngine:
         self._users = 0
         self._thread: threading.Thread | None = None
 
-    def open_channel(self) -> Channel:
-        """Return a new first-in, first-out queue, for the collectives of one communicator."""
-        channel = Channel()
+    def open_channel(self, poke: Callable[[], object] | None = None) -> Channel:
+        """Return a new first-in, first-out queue, for the collectives of one communicator.
+
+        `poke` is called now and then, with the lock held, also while nothing is under way: over a network MPI may call
+        a message sent of which a part still waits in this process, and without a call of MPI it waits there for ever.
+        """
+        channel = Channel(poke)
         with self.lock:
             self._channels.append(channel)
         with self._state:
@@ -256,9 +262,14 @@ class ProgressEngine:
         while True:
             with self._state:
                 while self._thread is current and (self._drivers > 0 or not self._busy()):
-                    self._state.wait()
+                    poked = self._poked()
+                    self._state.wait(_POKE_SECONDS if poked else None)
+                    if poked and self._drivers == 0:
+                        break
                 if self._thread is not current:
                     return
+            with self.lock:
+                self._poke()
             # Beside a thread that computes on the same core, spinning would take half of it.
             backoff = Backoff(0.0)
             while self._thread is current and self._drivers == 0 and self._busy():
@@ -267,17 +278,27 @@ class ProgressEngine:
                     sleeper = self._sleeper()
                 backoff.pause(moved, sleeper)
 
+    def _poked(self) -> bool:
+        return any(channel.poke is not None for channel in self._channels)
+
+    def _poke(self) -> None:
+        for channel in self._channels:
+            if channel.poke is not None:
+                channel.poke()
+
     def _busy(self) -> bool:
         return bool(self._inbox or self._messages or any(channel.queue for channel in self._channels))
 
     def _sleeper(self) -> Sleeper | None:
         """Return what the only operation under way waits for; None where there are several, or it must be polled."""
         heads = [channel.queue[0] for channel in self._channels if channel.queue]
-        return heads[0].sleeper if len(heads) == 1 and not self._messages and not self._inbox else None
+        alone = len(heads) == 1 and not self._messages and not self._inbox and not self._poked()
+        return heads[0].sleeper if alone else None
 
     def _advance(self) -> bool:
         """Give every operation that may run a turn; say whether anything moved. The lock is held."""
         moved = False
+        self._poke()
         while self._inbox:
             operation, channel = self._inbox.popleft()
             if channel is None:

@@ -17,6 +17,8 @@ import os
 import time
 from collections.abc import Iterator
 
+from torch import Tensor
+
 __all__ = ["SEMAPHORE_BYTES", "NodeBarrier", "Semaphore", "barrier_bytes", "create_semaphores"]
 
 # A cache line each, so that two waiters do not disturb each other; sem_t itself has 32 bytes in glibc and 16 in musl.
@@ -32,12 +34,16 @@ class _TimeSpec(ctypes.Structure):
 
 
 class Semaphore:
-    """A semaphore at an address; several objects, in several processes, may stand for one."""
+    """A semaphore in shared memory, at byte `offset`; several objects, in several processes, may stand for one.
 
-    def __init__(self, address: int) -> None:
+    It keeps the memory: a thread may still sleep on it when the communicator is closed.
+    """
+
+    def __init__(self, memory: Tensor, offset: int) -> None:
+        self._memory = memory
         # Calls that never wait keep the interpreter's lock: giving it up would cost more than they take.
         quick, slow = ctypes.PyDLL(None), ctypes.CDLL(None, use_errno=True)
-        self._address = ctypes.c_void_p(address)
+        self._address = ctypes.c_void_p(memory.data_ptr() + offset)
         self._post = quick.sem_post
         self._try_wait = quick.sem_trywait
         self._timed_wait = slow.sem_timedwait
@@ -65,26 +71,26 @@ def barrier_bytes(ranks: int) -> int:
     return ranks * max(1, _rounds(ranks)) * SEMAPHORE_BYTES
 
 
-def create_semaphores(address: int, ranks: int) -> None:
-    """Initialise the semaphores of a barrier in shared memory. One rank calls, before any other uses them."""
+def create_semaphores(memory: Tensor, ranks: int) -> None:
+    """Initialise the semaphores at the start of shared memory. One rank calls, before any other uses them."""
     init = ctypes.CDLL(None, use_errno=True).sem_init
     for offset in range(0, barrier_bytes(ranks), SEMAPHORE_BYTES):
-        if init(ctypes.c_void_p(address + offset), 1, 0) != 0:
+        if init(ctypes.c_void_p(memory.data_ptr() + offset), 1, 0) != 0:
             raise OSError(ctypes.get_errno(), f"sem_init: {os.strerror(ctypes.get_errno())}")
 
 
 class NodeBarrier:
-    """A barrier of `ranks` processes whose semaphores start at `address`, 64 bytes aligned.
+    """A barrier of `ranks` processes whose semaphores are the first thing in `memory`, a flat tensor of bytes.
 
     `spin`: look again for a moment before yielding; not where there are more ranks than cores.
     """
 
-    def __init__(self, address: int, rank: int, ranks: int, spin: bool) -> None:
+    def __init__(self, memory: Tensor, rank: int, ranks: int, spin: bool) -> None:
         self._looks = _LOOKS if spin else 1
         rounds = _rounds(ranks)
 
         def semaphore(owner: int, index: int) -> Semaphore:
-            return Semaphore(address + (owner * rounds + index) * SEMAPHORE_BYTES)
+            return Semaphore(memory, (owner * rounds + index) * SEMAPHORE_BYTES)
 
         self._rounds = [
             (semaphore((rank + (1 << index)) % ranks, index), semaphore(rank, index)) for index in range(rounds)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from allreduce_sgd.comm.semaphores import NodeBarrier, barrier_bytes, create_semaphores
-from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
+from allreduce_sgd.errors import CommunicationTimeout, MemoryNotSharedError
 
 __all__ = ["SharedMemory", "Views"]
 
@@ -60,7 +60,7 @@ class _Segment:
 class SharedMemory:
     """What the ranks of a node share; `node` is their mpi4py communicator, which stays the caller's.
 
-    All ranks of the node must make it, and call `allocate`, together. Raises CommunicationError on all of them where
+    All ranks of the node must make it, and call `allocate`, together. Raises MemoryNotSharedError on all of them where
     they cannot share memory.
 
     `barrier` lets the ranks meet. `post_note` and `notes` exchange a few bytes at a barrier. `staging(slot)` gives the
@@ -93,27 +93,27 @@ class SharedMemory:
         self._slots_start = -(-(semaphores_bytes + notes_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         stride_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         per_slot = (self.local_size + 1) * stride_bytes
-        self._file = self._map(self._slots_start + slots * per_slot)
-        memory = torch.frombuffer(self._file, dtype=torch.uint8)
+        memory = self._map(self._slots_start + slots * per_slot)
+        self._bytes = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
         starts = [self._slots_start + slot * per_slot for slot in range(slots)]
         self._slots = [
             _Segment(memory[start : start + per_slot], stride_bytes, self.local_rank, self.local_size)
             for start in starts
         ]
         if self.local_rank == 0:
-            create_semaphores(memory.data_ptr(), self.local_size)
+            create_semaphores(memory, self.local_size)
         self._exchange([0])
-        self.barrier = NodeBarrier(memory.data_ptr(), self.local_rank, self.local_size, spin)
+        self.barrier = NodeBarrier(memory, self.local_rank, self.local_size, spin)
 
     def allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         """Return this rank's zeroed buffer of shape (numel,). All ranks of the node must call, with the same arguments.
 
-        Raises CommunicationError on all of them where the node has not enough memory for all of it.
+        Raises MemoryNotSharedError on all of them where the node has not enough memory for all of it.
         """
         if numel == 0:
             return torch.zeros(0, dtype=dtype)
         stride_bytes = -(-numel * dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
-        memory = torch.frombuffer(self._map((self.local_size + 1) * stride_bytes), dtype=torch.uint8)
+        memory = self._map((self.local_size + 1) * stride_bytes)
         segment = _Segment(memory, stride_bytes, self.local_rank, self.local_size)
         self._segments.append(segment)
         own = segment.buffers[self.local_rank][: numel * dtype.itemsize].view(dtype)
@@ -150,12 +150,12 @@ class SharedMemory:
         Notes of even and odd parity alternate, so that a rank ahead does not overwrite what others still read.
         """
         start = self._notes_start + (parity * self.local_size + self.local_rank) * self._note_stride
-        self._file[start : start + len(note)] = note
+        self._bytes[start : start + len(note)] = note
 
     def notes(self, parity: int, length: int) -> list[bytes]:
         first = self._notes_start + parity * self.local_size * self._note_stride
         starts = range(first, first + self.local_size * self._note_stride, self._note_stride)
-        return [self._file[start : start + length] for start in starts]
+        return [bytes(self._bytes[start : start + length]) for start in starts]
 
     def close(self) -> None:
         """Let go of all memory; tensors that still view it keep theirs mapped."""
@@ -163,8 +163,9 @@ class SharedMemory:
         self._views.clear()
         self._slots.clear()
         self._staging.clear()
+        self._bytes = memoryview(b"")
 
-    def _map(self, n_bytes: int) -> mmap.mmap:
+    def _map(self, n_bytes: int) -> Tensor:
         """Map new memory on all ranks of the node. All of them must call, with the same number."""
         token = free_bytes = 0
         descriptor = -1
@@ -178,27 +179,22 @@ class SharedMemory:
         try:
             (token, process, number, free_bytes), *_ = self._exchange([token, os.getpid(), descriptor, free_bytes])
             if n_bytes > free_bytes:
-                raise CommunicationError(
+                raise MemoryNotSharedError(
                     f"allocate: {n_bytes:,} bytes of shared memory are needed, but {free_bytes:,} are free on this node"
                 )
-            mapped: mmap.mmap | None = None
-            if self.local_rank == 0:
-                with contextlib.suppress(OSError, ValueError):
-                    mapped = mmap.mmap(descriptor, n_bytes)
-            else:
-                with contextlib.suppress(OSError, ValueError):
-                    mapped = _open_peers_file(process, number, token, n_bytes)
+            mapped: Tensor | None = None
+            # RuntimeError is what torch raises where it cannot map.
+            with contextlib.suppress(OSError, RuntimeError):
+                mapped = _open_file(process, number, token, n_bytes)
             failed = [rank for rank, (good,) in enumerate(self._exchange([mapped is not None])) if not good]
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
         if failed or mapped is None:
-            raise CommunicationError(
+            raise MemoryNotSharedError(
                 f"allocate: local rank {failed[0]} cannot map memory that local rank 0 made, through "
                 f"/proc/{process}/fd (has each rank of this node a container of its own?)"
             )
-        with contextlib.suppress(OSError, AttributeError):
-            mapped.madvise(mmap.MADV_HUGEPAGE)
         return mapped
 
     def _exchange(self, numbers: list[int]) -> list[tuple[int, ...]]:
@@ -229,16 +225,15 @@ def _file_name(token: int) -> str:
     return f"allreduce_sgd-{token:x}"
 
 
-def _open_peers_file(process: int, number: int, token: int, n_bytes: int) -> mmap.mmap | None:
+def _open_file(process: int, number: int, token: int, n_bytes: int) -> Tensor | None:
+    """Map the file that process `process` has open under `number`; None where that is another one."""
     path = f"/proc/{process}/fd/{number}"
     # In a container of its own a rank sees other processes under the same numbers.
     if _file_name(token) not in os.readlink(path):
         return None
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        return mmap.mmap(descriptor, n_bytes)
-    finally:
-        os.close(descriptor)
+    # Unlike mmap.mmap, which keeps a descriptor for every mapping, of which a process has some thousand.
+    storage = torch.UntypedStorage.from_file(path, shared=True, nbytes=n_bytes)
+    return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[arg-type]  # it is an UntypedStorage
 
 
 def _free_bytes() -> int:

@@ -1,6 +1,5 @@
 """Barriers of processes on semaphores in memory that they share, without MPI."""
 
-import ctypes
 import mmap
 import os
 import subprocess
@@ -10,8 +9,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from allreduce_sgd.comm.semaphores import SEMAPHORE_BYTES, NodeBarrier, Semaphore, barrier_bytes, create_semaphores
 from tests.launching import ROOT, environment_with
@@ -24,17 +25,17 @@ AREA_BYTES = 4096
 # passes, and looks at what the others wrote: at least as much, and at most one more, for who is ahead already.
 RANK = f"""
 import ctypes, mmap, sys, time
+import torch
 from allreduce_sgd.comm.semaphores import NodeBarrier, barrier_bytes
 descriptor, rank = map(int, sys.argv[1:])
-memory = mmap.mmap(descriptor, {AREA_BYTES * len(GROUPS)})
-start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+memory = torch.frombuffer(mmap.mmap(descriptor, {AREA_BYTES * len(GROUPS)}), dtype=torch.uint8)
 began, cpu_seconds = time.monotonic(), time.process_time()
 for index, ranks in enumerate({GROUPS}):
     if rank >= ranks:
         continue
     base = {AREA_BYTES} * index
-    barrier = NodeBarrier(start + base, rank, ranks, spin=False)
-    seen = (ctypes.c_int64 * ranks).from_address(start + base + barrier_bytes(ranks))
+    barrier = NodeBarrier(memory[base:], rank, ranks, spin=False)
+    seen = (ctypes.c_int64 * ranks).from_address(memory.data_ptr() + base + barrier_bytes(ranks))
     for number in range(1, {ROUNDS} + 1):
         if number % 97 == rank:
             time.sleep(0.01)
@@ -48,29 +49,25 @@ print("passed", time.process_time() - cpu_seconds)
 
 
 @pytest.fixture
-def memory() -> Iterator[int]:
-    """The address of zeroed memory."""
-    area = mmap.mmap(-1, AREA_BYTES)
-    yield ctypes.addressof(ctypes.c_char.from_buffer(area))
-    # Memory that nothing refers to is unmapped, used or not.
-    del area
+def memory() -> Tensor:
+    """Zeroed bytes."""
+    return torch.zeros(AREA_BYTES, dtype=torch.uint8)
 
 
 @pytest.fixture
-def semaphore(memory: int) -> Semaphore:
+def semaphore(memory: Tensor) -> Semaphore:
     create_semaphores(memory, 1)
-    return Semaphore(memory)
+    return Semaphore(memory, 0)
 
 
 def test_processes_meet_in_every_round() -> None:
     descriptor = os.memfd_create("barrier")
     try:
         os.ftruncate(descriptor, AREA_BYTES * len(GROUPS))
-        area = mmap.mmap(descriptor, AREA_BYTES * len(GROUPS))
-        start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+        area = torch.frombuffer(mmap.mmap(descriptor, AREA_BYTES * len(GROUPS)), dtype=torch.uint8)
         for index, ranks in enumerate(GROUPS):
             assert barrier_bytes(ranks) + 8 * ranks <= AREA_BYTES
-            create_semaphores(start + index * AREA_BYTES, ranks)
+            create_semaphores(area[index * AREA_BYTES :], ranks)
         processes = [
             subprocess.Popen(
                 [sys.executable, "-c", RANK, str(descriptor), str(rank)],
@@ -94,13 +91,12 @@ def test_processes_meet_in_every_round() -> None:
 @settings(max_examples=60, deadline=None)
 def test_nobody_passes_before_all_have_come_in_whatever_order_they_run(data: st.DataObject) -> None:
     ranks, barriers = data.draw(st.integers(1, 9)), 4
-    area = mmap.mmap(-1, AREA_BYTES)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
-    create_semaphores(start, ranks)
+    area = torch.zeros(AREA_BYTES, dtype=torch.uint8)
+    create_semaphores(area, ranks)
     come, passed = [0] * ranks, [0] * ranks
 
     def run(rank: int) -> Iterator[Semaphore]:
-        barrier = NodeBarrier(start, rank, ranks, spin=data.draw(st.booleans()))
+        barrier = NodeBarrier(area, rank, ranks, spin=data.draw(st.booleans()))
         for number in range(1, barriers + 1):
             come[rank] = number
             yield from barrier.pass_through()
@@ -119,7 +115,7 @@ def test_nobody_passes_before_all_have_come_in_whatever_order_they_run(data: st.
     assert passed == [barriers] * ranks
 
 
-def test_a_rank_ahead_by_one_barrier_does_no_harm(memory: int) -> None:
+def test_a_rank_ahead_by_one_barrier_does_no_harm(memory: Tensor) -> None:
     create_semaphores(memory, 2)
     slow, quick = (NodeBarrier(memory, rank, 2, spin=False) for rank in range(2))
     first_of_slow = slow.pass_through()
@@ -134,7 +130,7 @@ def test_a_rank_ahead_by_one_barrier_does_no_harm(memory: int) -> None:
     assert next(second_of_quick, None) is None
 
 
-def test_one_rank_passes_at_once(memory: int) -> None:
+def test_one_rank_passes_at_once(memory: Tensor) -> None:
     create_semaphores(memory, 1)
     barrier = NodeBarrier(memory, 0, 1, spin=True)
     assert [list(barrier.pass_through()) for _ in range(3)] == [[], [], []]

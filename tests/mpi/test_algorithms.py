@@ -216,6 +216,13 @@ def test_reduce_scatter_leaves_each_rank_its_chunk(comm: MpiCommunicator, alloca
                 assert torch.equal(buffer[own], wanted[own])
 
 
+def test_not_a_number_is_the_extreme_on_all_ranks(comm: MpiCommunicator) -> None:
+    for op in (ReduceOp.MIN, ReduceOp.MAX):
+        for rank in range(comm.size):
+            buffer = torch.tensor([float("nan") if comm.rank == rank else 1.0, 2.0])
+            assert comm.all_reduce(buffer, op).wait().isnan().tolist() == [True, False]
+
+
 def test_bytes_are_counted(comm: MpiCommunicator) -> None:
     size, length = comm.size, 12 * comm.size
     before = comm.traffic.bytes_sent

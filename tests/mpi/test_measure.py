@@ -184,4 +184,4 @@ def test_what_is_chosen_for_known_costs(spread_comm: MpiCommunicator) -> None:
         assert choose(comm, cheap_memory).name == "two-level"
         # Where memory is dearer than the network, messages go straight to their ranks.
         dear_memory = dataclasses.replace(cheap_memory, memory_seconds_per_byte=1.0)
-        assert choose(comm, dear_memory).for_message(16 * MIB).algorithm not in ("two-level", "shared-memory")
+        assert choose(comm, dear_memory).for_message(32 * 1024).algorithm not in ("two-level", "shared-memory")
