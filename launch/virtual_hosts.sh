@@ -84,6 +84,9 @@ kind=$(mpi_kind "$("$mpirun" --version 2>&1)")
 [[ -f ${mpirun%/*}/../pyvenv.cfg ]] && PATH=${mpirun%/*}:$PATH
 export PATH=$PATH:/usr/sbin:/sbin
 
+# The hosts share the cores, which each of them takes for its own.
+threads=$(($(nproc) / (hosts * ranks_per_host)))
+set_default OMP_NUM_THREADS $((threads > 1 ? threads : 1))
 local_options "$kind" 0
 use_interface "$kind" eth0
 ssh=$tree/launch/virtual_hosts_ssh.sh

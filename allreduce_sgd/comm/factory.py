@@ -61,7 +61,7 @@ def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choi
     def choice(layout: "Layout") -> "Choice":
         shared = layout.memory is not None
         if options.algorithm == "auto":
-            return default_choice(layout.nodes, shared, options.deterministic)
+            return default_choice(layout.nodes, layout.pairs_share, options.deterministic)
         return named_choice(options.algorithm, layout.nodes, shared, options.deterministic)
 
     engine = ProgressEngine(topology.mpi_lock, oversubscribed=topology.local_size > topology.cores)

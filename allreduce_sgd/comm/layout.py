@@ -63,6 +63,11 @@ class Layout:
                 part = comm.Split(self.local_rank if self.local_rank < self.lanes else MPI.UNDEFINED, key=self.node)
             self.lane = None if part == MPI.COMM_NULL else part
 
+    @property
+    def pairs_share(self) -> bool:
+        """Whether any two ranks share memory: where each node has one rank, going through it would only be a copy."""
+        return self.memory is not None and self.nodes < len(self.nodes_of)
+
     def close(self) -> None:
         """All ranks must call, while nothing is under way."""
         if self.memory is not None:

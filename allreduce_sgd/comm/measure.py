@@ -114,7 +114,7 @@ def choose(comm: MpiCommunicator, costs: Costs) -> Choice:
     large: list[Entry] = []
     for n_bytes in _sizes():
         flat = _best(comm.size, n_bytes, costs.between or costs.inside)
-        if layout.memory is None:
+        if not layout.pairs_share:
             large.append(flat)
             continue
         if layout.nodes == 1:
@@ -167,7 +167,7 @@ def _measure(comm: MpiCommunicator) -> Costs:
     between = _link(comm, [[group[0] for group in groups]], gamma) if layout.nodes > 1 else None
     barrier = per_byte = 0.0
     own = SHARED_MEMORY if layout.nodes == 1 else TWO_LEVEL
-    if layout.memory is None:
+    if not layout.pairs_share:
         own = "recursive-doubling"
     try:
         if layout.memory is not None:
