@@ -122,6 +122,7 @@ class MpiCommunicator:
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:
+        self._open_channel()
         buffer = check_buffer(buffer, "all_reduce")
         check_reduction(buffer, op, "all_reduce")
         entry = self.choice.for_message(buffer.nbytes)
@@ -147,6 +148,7 @@ class MpiCommunicator:
         return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), blocking)
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
+        self._open_channel()
         buffer = check_buffer(buffer, "reduce_scatter")
         check_reduction(buffer, op, "reduce_scatter")
         on_host = buffer.device == CPU or not self._device_memory
