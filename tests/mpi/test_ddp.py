@@ -10,7 +10,11 @@ from torch.nn import functional
 
 from allreduce_sgd import DistributedDataParallel
 from allreduce_sgd.comm.base import Communicator, ReduceOp, Work
+from allreduce_sgd.comm.factory import connect
+from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.errors import MismatchError
+from allreduce_sgd.topology import Topology
+from tests.mpi.conftest import TIMEOUT_SECONDS
 
 
 def network(seed: int = 0) -> Any:
@@ -351,10 +355,13 @@ def test_state_dict_has_the_keys_of_torchs(comm: Communicator) -> None:
     ]
 
 
-def test_bytes_of_a_step_are_those_of_the_ring(comm: Communicator) -> None:
+def test_bytes_of_a_step_are_those_of_the_ring(topology: Topology) -> None:
+    options = CommunicationOptions("mpi", algorithm="ring", timeout_seconds=TIMEOUT_SECONDS)
+    comm = connect(topology, torch.device("cpu"), options)
     ddp = DistributedDataParallel(network(), comm)
     gradient_bytes = 8 * sum(parameter.numel() for parameter in ddp.parameters())
     before = comm.traffic.bytes_sent or 0
     loss_of(ddp, samples(comm.rank)).backward()
     sent = torch.tensor(float((comm.traffic.bytes_sent or 0) - before))
     assert float(comm.all_reduce(sent).wait()) == 2 * (comm.size - 1) * gradient_bytes
+    comm.close()
