@@ -43,7 +43,7 @@ from benchmarks.message_sizes import format_size, message_sizes
 from benchmarks.own_collectives import own_contenders, private_contenders
 from benchmarks.peers import PEERS, Peers
 from benchmarks.raw_tcp import RawTcp
-from benchmarks.record import _processor, write_record
+from benchmarks.record import processor, write_record
 from benchmarks.rounds import Contender, Turns, Wait, measure_rounds, measure_wait
 
 __all__ = ["main"]
@@ -241,7 +241,7 @@ def _plot(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
     if rows:
         first = rows[0]
         hosts = "1 host" if first["hosts"] == 1 else f"{first['hosts']} hosts"
-        plot_bandwidth(rows, f"{first['dtype']}, {first['ranks']} ranks on {hosts}, {_processor()}", file)
+        plot_bandwidth(rows, f"{first['dtype']}, {first['ranks']} ranks on {hosts}, {processor()}", file)
 
 
 if __name__ == "__main__":

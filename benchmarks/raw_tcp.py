@@ -6,16 +6,12 @@ the burst that a rate limiter lets pass. One connection and two threads per host
 connection fills no link, and the rate is then no upper limit.
 """
 
-import contextlib
-import ipaddress
-import os
 import socket
 import threading
 
-import psutil
 from torch import Tensor
 
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.comm.torch_distributed import own_address
 from allreduce_sgd.topology import Topology
 
 __all__ = ["LEAST_BYTES", "RawTcp"]
@@ -35,7 +31,7 @@ class RawTcp:
         self._previous: socket.socket | None = None
         self._message = bytes(0)
         leader = topology.local_rank == 0
-        listener = topology.agree(lambda: socket.create_server((_own_address(), 0)) if leader else None)
+        listener = topology.agree(lambda: socket.create_server((own_address(), 0)) if leader else None)
         where = None if listener is None else (topology.node, listener.getsockname())
         addresses = dict(entry for entry in topology.gather_all(where) if entry is not None)
         if listener is None:
@@ -89,28 +85,3 @@ class RawTcp:
         for connection in (self._next, self._previous):
             if connection is not None:
                 connection.close()
-
-
-def _own_address() -> str:
-    """Return an address of this host that others can reach, found as the Gloo back end finds its own.
-
-    That of the interface named by GLOO_SOCKET_IFNAME if set, else what the host's name resolves to, else that of the
-    first interface that is up and no loopback.
-    """
-    interfaces = {
-        name: [entry.address for entry in entries if entry.family == socket.AF_INET]
-        for name, entries in psutil.net_if_addrs().items()
-    }
-    named = interfaces.get(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0], [])
-    if named:
-        return named[0]
-    candidates = []
-    with contextlib.suppress(OSError):
-        candidates += socket.gethostbyname_ex(socket.gethostname())[2]
-    for name, state in psutil.net_if_stats().items():
-        if state.isup:
-            candidates += interfaces.get(name, [])
-    for address in candidates:
-        if not ipaddress.ip_address(address).is_loopback:
-            return address
-    raise ConfigError("no network interface of this host is up; set GLOO_SOCKET_IFNAME to the one between the hosts")

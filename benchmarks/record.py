@@ -15,7 +15,7 @@ import psutil
 
 from allreduce_sgd.durable import replace_file
 
-__all__ = ["write_record"]
+__all__ = ["processor", "write_record"]
 
 _PACKAGES = ("torch", "numpy", "mpi4py")
 _GIT_SECONDS = 10
@@ -48,7 +48,7 @@ def _commit() -> str | None:
 
 def _machine() -> dict[str, Any]:
     return {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
@@ -57,7 +57,8 @@ def _machine() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

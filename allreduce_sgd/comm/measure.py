@@ -40,7 +40,7 @@ from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.durable import replace_file
 from allreduce_sgd.schedules.catalogue import ALL_REDUCE, cheapest
 from allreduce_sgd.schedules.cost import LinkCost
-from allreduce_sgd.schedules.step import NOTHING, Schedule, Step
+from allreduce_sgd.schedules.step import Schedule, Step
 
 __all__ = ["Costs", "choose", "costs_of"]
 
@@ -231,8 +231,6 @@ def _circles(groups: list[list[int]]) -> Schedule:
             after, before = group[(place + 1) % len(group)], group[place - 1]
             half = length // 2
             yield Step(after, slice(0, half), before, slice(half, 2 * half), reduce=False)
-        else:
-            yield Step(None, NOTHING, None, NOTHING, reduce=False)
 
     return schedule
 

@@ -29,7 +29,7 @@ from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, Confi
 from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.topology import Topology
 
-__all__ = ["TorchCommunicator", "connect"]
+__all__ = ["TorchCommunicator", "connect", "own_address"]
 
 _OPS = {
     ReduceOp.SUM: dist.ReduceOp.SUM,
@@ -51,7 +51,7 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
         everyone = list(range(dist.get_world_size()))
         return TorchCommunicator(dist.new_group(timeout=timeout), everyone, backend, timeout_seconds)
     store_timeout = timedelta(seconds=min(_STORE_SECONDS, timeout_seconds))
-    address = topology.agree(lambda: _own_address() if topology.rank == 0 and topology.nodes > 1 else "127.0.0.1")
+    address = topology.agree(lambda: own_address() if topology.rank == 0 and topology.nodes > 1 else "127.0.0.1")
     store: Store | None = None
     if topology.rank == 0:
         store = TCPStore(address, 0, topology.size, True, store_timeout, wait_for_workers=False)
@@ -276,7 +276,7 @@ def _carried(data: Tensor, op: ReduceOp) -> tuple[Tensor, dist.ReduceOp.RedOpTyp
     return data, _OPS[op]
 
 
-def _own_address() -> str:
+def own_address() -> str:
     """Return an address of this host that other hosts can reach.
 
     That of the interface named by GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME if set, else what the host's name resolves
