@@ -108,6 +108,13 @@ class Communicator(Protocol):
         All ranks must call, with the same numel and dtype. It lives until `close`.
         """
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """Return one zeroed tensor of shape (numel,) that all ranks read and write; None where they cannot.
+
+        All ranks must call, with the same arguments. It lives as long as tensors that view it. What one rank writes the
+        others see after a collective.
+        """
+
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:

@@ -64,7 +64,11 @@ def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choi
             return default_choice(layout.nodes, layout.pairs_share, options.deterministic)
         return named_choice(options.algorithm, layout.nodes, shared, options.deterministic)
 
-    engine = ProgressEngine(topology.mpi_lock, oversubscribed=topology.local_size > topology.cores)
+    engine = ProgressEngine(
+        topology.mpi_lock,
+        oversubscribed=topology.local_size > topology.cores,
+        spare_cores=topology.local_size < topology.cores,
+    )
     comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
     costs = None
     if saved is not None and saved.suits(comm.layout.nodes, comm.layout.memory is not None):

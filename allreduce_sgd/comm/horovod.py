@@ -130,6 +130,9 @@ class HorovodCommunicator:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        return None
+
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:

@@ -119,6 +119,11 @@ class MpiCommunicator:
             return torch.zeros(numel, dtype=dtype, device=device)
         return self.layout.memory.allocate(numel, dtype)
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        if device.type != "cpu" or self.layout.memory is None or self.layout.nodes > 1:
+            return None
+        return self.layout.memory.allocate_shared(numel, dtype)
+
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:
@@ -164,6 +169,8 @@ class MpiCommunicator:
 
     def all_gather(self, buffer: Tensor) -> Work:
         buffer = check_buffer(buffer, "all_gather")
+        if self._node is not None and self.layout.nodes == 1 and buffer.device == CPU:
+            return self._collective("all_gather", buffer, self._node.all_gather)
         program = partial(self._flat, schedule=ring.all_gather, op=None)
         return self._collective("all_gather", buffer, program)
 
@@ -324,6 +331,9 @@ class MpiCommunicator:
         _settle(flat)
 
     def _barrier(self) -> Program:
+        if self.layout.memory is not None and self.layout.nodes == 1:
+            yield from self.layout.memory.barrier.pass_through()
+            return
         request = self._comm.Ibarrier()
         while not request.Test():
             yield False

@@ -83,6 +83,34 @@ class NodeAllReduce:
         """
         return data, self._reduce_scatter(data, self._memory.find(data), op)
 
+    def all_gather(self, data: Tensor) -> tuple[Tensor, Program]:
+        """Return the flat tensor and the program that fills it with all ranks' chunks. On one node only."""
+        return data, self._all_gather(data, self._memory.find(data))
+
+    def _all_gather(self, data: Tensor, views: Views | None) -> Program:
+        counterparts = yield from self._meet("all-gather", data, views, ReduceOp.SUM)
+        memory, length = self._memory, data.numel()
+        own = chunk(length, memory.local_size, memory.local_rank)
+        if counterparts and views is not None:
+            for rank in range(memory.local_size):
+                if rank != memory.local_rank:
+                    piece = chunk(length, memory.local_size, rank)
+                    data[piece].copy_(views.buffers[rank][piece])
+            yield from memory.barrier.pass_through()
+        else:
+            # Piece k of everyone's chunk at once; chunk 0 is the longest.
+            step, longest = memory.slot_bytes // data.element_size(), chunk(length, memory.local_size, 0)
+            for start in range(0, longest.stop - longest.start, step):
+                mine = data[own][start : start + step]
+                memory.staging(0, mine.numel(), data.dtype).buffers[memory.local_rank].copy_(mine)
+                yield from memory.barrier.pass_through()
+                for rank in range(memory.local_size):
+                    if rank != memory.local_rank:
+                        theirs = data[chunk(length, memory.local_size, rank)][start : start + step]
+                        theirs.copy_(memory.staging(0, theirs.numel(), data.dtype).buffers[rank])
+                yield from memory.barrier.pass_through()
+        self._count(data.nbytes - data[own].nbytes)
+
     def _reduce_scatter(self, data: Tensor, views: Views | None, op: ReduceOp) -> Program:
         counterparts = yield from self._meet("reduce-scatter", data, views, op)
         if counterparts and views is not None:
@@ -157,7 +185,7 @@ class NodeAllReduce:
             for target in targets:
                 if target.data_ptr() != total.data_ptr():
                     target.copy_(total)
-        if into is not None:
+        if len(targets) > 1:
             self._count_peers(sources[0])
 
     def _reduce_staged(self, data: Tensor, op: ReduceOp) -> Program:

@@ -44,11 +44,15 @@ _LONGEST_SLEEP_SECONDS = 0.0002
 # Longer, since a peer's post ends it; not for ever, since other operations may be started meanwhile.
 _SLEEPER_SECONDS = 0.002
 _POKE_SECONDS = 0.005
+_NEGLECTED_SECONDS = 0.02
 _CLOSE_SECONDS = 5.0
 
 
 class Operation:
-    """A started operation; also the Work that its caller holds. `name` is asked for where something went wrong."""
+    """A started operation; also the Work that its caller holds. `name` is asked for where something went wrong.
+
+    `started_seconds` and `ended_seconds` are readings of time.perf_counter: when its turn came, and when it had ended.
+    """
 
     def __init__(
         self,
@@ -68,12 +72,13 @@ class Operation:
         self._program = program
         self._timeout = timeout
         self._traffic = traffic
-        self._started_seconds: float | None = None
+        self.started_seconds: float | None = None
+        self.ended_seconds: float | None = None
 
     def advance(self) -> bool:
         """Go on as far as possible without waiting, and say whether anything moved. The engine's lock is held."""
-        if self._started_seconds is None:
-            self._started_seconds = time.perf_counter()
+        if self.started_seconds is None:
+            self.started_seconds = time.perf_counter()
         try:
             state = next(self._program)
             if isinstance(state, bool):
@@ -90,7 +95,8 @@ class Operation:
             if not isinstance(problem, Exception):
                 self.finished = True
                 raise
-        self._traffic.busy_seconds += time.perf_counter() - self._started_seconds
+        self.ended_seconds = time.perf_counter()
+        self._traffic.busy_seconds += self.ended_seconds - self.started_seconds
         self.finished = True
         return True
 
@@ -171,12 +177,16 @@ class Backoff:
 class ProgressEngine:
     """Advances the operations of all communicators of this process that share `lock`.
 
-    `oversubscribed`: the node has more ranks than cores, so that nobody spins.
+    `oversubscribed`: the node has more ranks than cores, so that nobody spins. `spare_cores`: it has fewer, so that a
+    progress thread has a core to run on. Without one it would only take turns with the thread that computes, which
+    then does better to move things on itself, whenever it starts or awaits an operation; the progress thread looks
+    after what lies around for long. (Between nodes transfers need the thread in any case.)
     """
 
-    def __init__(self, lock: threading.Lock, oversubscribed: bool = False) -> None:
+    def __init__(self, lock: threading.Lock, oversubscribed: bool = False, spare_cores: bool = True) -> None:
         self.lock = lock
         self.oversubscribed = oversubscribed
+        self.spare_cores = spare_cores
         self._spin_seconds = 0.0 if oversubscribed else _SPIN_SECONDS
         # Appending to a deque is atomic, so starting an operation never waits for the lock.
         self._inbox: deque[tuple[Operation, Channel | None]] = deque()
@@ -230,8 +240,7 @@ class ProgressEngine:
             finally:
                 self.lock.release()
         if not operation.finished and not blocking:
-            with self._state:
-                self._state.notify()
+            self._wake()
 
     def drive(self, operation: Operation, deadline_seconds: float) -> bool:
         """Advance everything until `operation` has ended or the clock passes the deadline; say whether it ended."""
@@ -253,9 +262,14 @@ class ProgressEngine:
         finally:
             with self._state:
                 self._drivers -= 1
-                if self._busy():
-                    self._state.notify()
+            if self._busy():
+                self._wake()
         return True
+
+    def _wake(self) -> None:
+        if self.spare_cores or self._poked():
+            with self._state:
+                self._state.notify()
 
     def _run(self) -> None:
         current = threading.current_thread()
@@ -263,7 +277,7 @@ class ProgressEngine:
             with self._state:
                 while self._thread is current and (self._drivers > 0 or not self._busy()):
                     poked = self._poked()
-                    self._state.wait(_POKE_SECONDS if poked else None)
+                    self._state.wait(_POKE_SECONDS if poked else None if self.spare_cores else _NEGLECTED_SECONDS)
                     if poked and self._drivers == 0:
                         break
                 if self._thread is not current:

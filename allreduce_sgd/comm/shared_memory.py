@@ -120,6 +120,13 @@ class SharedMemory:
         # Touched by the rank that will write it, so that the pages come from memory near its core, and come now.
         return own.zero_()
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """Return zeroed memory of shape (numel,) that is the same for all ranks of the node. All of them must call."""
+        if numel == 0:
+            return torch.zeros(0, dtype=dtype)
+        n_bytes = numel * dtype.itemsize
+        return self._map(-(-n_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)[:n_bytes].view(dtype)
+
     def find(self, data: Tensor) -> Views | None:
         """Return the flat views of all ranks' counterparts of `data`, None where it lies in private memory."""
         key = (data.data_ptr(), data.numel(), data.dtype)

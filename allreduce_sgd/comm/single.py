@@ -30,6 +30,9 @@ class SingleCommunicator:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self.allocate(numel, dtype, device)
+
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:

@@ -91,6 +91,9 @@ class TorchCommunicator:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.zeros(numel, dtype=dtype, device=device)
 
+    def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
+        return None
+
     def all_reduce(
         self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM, *, shared_result: bool = False, blocking: bool = False
     ) -> Work:
@@ -176,8 +179,10 @@ class TorchCommunicator:
         timeout = timedelta(seconds=self.timeout_seconds)
         rows = sorted((row for row in table if row[0] == color), key=lambda row: row[1])
         members = [row[2] for row in rows]
-        # Only the members of each part come together: torch would otherwise have all ranks make all parts.
-        group = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+        # Only the members of each part come together: torch would otherwise have all ranks make all parts. It then
+        # names the group after them, so that a later one finds the addresses of one closed before; all ranks need not.
+        alone = len(members) < dist.get_world_size()
+        group = dist.new_group(members, timeout=timeout, use_local_synchronization=alone)
         return TorchCommunicator(group, members, self.backend, self.timeout_seconds)
 
     def abort(self, why: str) -> NoReturn:
