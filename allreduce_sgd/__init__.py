@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from allreduce_sgd.comm.base import Communicator, ReduceOp, Work
     from allreduce_sgd.gradients.ddp import DistributedDataParallel
+    from allreduce_sgd.gradients.sharded import ShardedOptimizer
+    from allreduce_sgd.gradients.sync_batch_norm import SyncBatchNorm, convert_sync_batchnorm
     from allreduce_sgd.start import connect
     from allreduce_sgd.strategies.base import Strategy
     from allreduce_sgd.topology import Topology, discover
@@ -18,11 +20,14 @@ __all__ = [
     "Communicator",
     "DistributedDataParallel",
     "ReduceOp",
+    "ShardedOptimizer",
     "Strategy",
+    "SyncBatchNorm",
     "Topology",
     "Trainer",
     "Work",
     "connect",
+    "convert_sync_batchnorm",
     "discover",
 ]
 
@@ -30,11 +35,14 @@ _HOMES = {
     "Communicator": "comm.base",
     "DistributedDataParallel": "gradients.ddp",
     "ReduceOp": "comm.base",
+    "ShardedOptimizer": "gradients.sharded",
     "Strategy": "strategies.base",
+    "SyncBatchNorm": "gradients.sync_batch_norm",
     "Topology": "topology",
     "Trainer": "trainer",
     "Work": "comm.base",
     "connect": "start",
+    "convert_sync_batchnorm": "gradients.sync_batch_norm",
     "discover": "topology",
 }
 

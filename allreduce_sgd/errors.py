@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "MemoryNotSharedError",
     "MismatchError",
+    "NonFiniteError",
 ]
 
 
@@ -34,6 +35,10 @@ class MemoryNotSharedError(CommunicationError):
 
 class MismatchError(CommunicationError):
     """Ranks disagree about something that must be equal on all of them; the text names it and the ranks."""
+
+
+class NonFiniteError(RuntimeError):
+    """A gradient holds NaN or Inf; the text names the parameters and the ranks. Raised on all ranks together."""
 
 
 class CheckpointError(RuntimeError):

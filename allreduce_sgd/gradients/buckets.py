@@ -1,10 +1,11 @@
 """Buckets: gradients of one dtype and device side by side in one buffer, reduced by one all-reduce.
 
-Gradients become ready roughly in reverse order of the parameters, so buckets are filled in that order, the first one
-smaller so that the first reduction starts early (sizes as in PyTorch DDP: Li et al., VLDB 2020, arXiv 2006.15704).
+Gradients become ready roughly in reverse order of the parameters, so buckets are filled in that order until the true
+one is known, the first bucket smaller so that the first reduction starts early (sizes as in PyTorch DDP: Li et al.,
+VLDB 2020, arXiv 2006.15704).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,63 +13,109 @@ from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
 
-__all__ = ["Bucket", "assign", "build_buckets"]
+__all__ = ["Bucket", "BucketMemory", "Kind", "assign", "build_buckets", "kind_of", "spaced"]
+
+Kind = tuple[torch.dtype, torch.device]
+
+# Buckets start on a cache line, so that ranks that write neighbouring ones do not disturb each other.
+_ALIGNED_BYTES = 64
+_SPARE = 256
 
 
 @dataclass
 class Bucket:
-    """One buffer and the parameters whose gradients lie in it.
+    """One flat buffer and the parameters whose gradients lie in it.
 
     `slots[i]` views the part of `buffer` that holds the gradient of `parameters[i]`, in that parameter's shape and
-    strides. `waiting_for` counts the gradients still to come in this backward pass.
+    strides; it begins at element `starts[i]`, a multiple of `spacing`. `buffer` may be longer than all of them.
     """
 
     parameters: list[nn.Parameter]
     buffer: Tensor
+    spacing: int = 1
     slots: list[Tensor] = field(init=False)
-    waiting_for: int = field(init=False)
+    starts: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.waiting_for = len(self.parameters)
-        self.slots = []
+        self.slots, self.starts = [], []
         start = 0
         for parameter in self.parameters:
             self.slots.append(_slot(self.buffer, start, parameter))
-            start += parameter.numel()
+            self.starts.append(start)
+            start += spaced(parameter.numel(), self.spacing)
 
 
-def assign(parameters: Sequence[Tensor], first_bytes: float, bucket_bytes: float) -> list[list[int]]:
+class BucketMemory:
+    """The memory of a set of buckets: one allocation for each dtype and device, cut anew whenever buckets change."""
+
+    def __init__(self, comm: Communicator) -> None:
+        self._comm = comm
+        self._blocks: dict[Kind, Tensor] = {}
+
+    def cut(self, pieces: Sequence[tuple[Kind, int]]) -> list[Tensor]:
+        """Return flat tensors of these kinds and lengths. All ranks must call, with the same arguments.
+
+        Those returned before lie in the same memory.
+        """
+        starts: list[int] = []
+        ends: dict[Kind, int] = {}
+        for kind, numel in pieces:
+            aligned = max(1, _ALIGNED_BYTES // kind[0].itemsize)
+            starts.append(ends.get(kind, 0))
+            ends[kind] = starts[-1] + spaced(numel, aligned)
+        for kind, numel in ends.items():
+            if kind not in self._blocks or self._blocks[kind].numel() < numel:
+                # Another order of the same parameters may be rounded up a little more.
+                self._blocks[kind] = self._comm.allocate(numel + _SPARE, *kind)
+        return [self._blocks[kind][start : start + numel] for (kind, numel), start in zip(pieces, starts, strict=True)]
+
+
+def spaced(numel: int, spacing: int) -> int:
+    """Return the least multiple of `spacing` that is not below `numel`."""
+    return -(-numel // spacing) * spacing
+
+
+def kind_of(tensor: Tensor) -> Kind:
+    return tensor.dtype, tensor.device
+
+
+def assign(
+    parameters: Sequence[Tensor],
+    first_bytes: float,
+    bucket_bytes: float,
+    order: Sequence[int] | None = None,
+    kind: Callable[[Tensor], Kind] = kind_of,
+) -> list[list[int]]:
     """Return the indices of the parameters in each bucket, in the order in which buckets are expected to fill.
 
-    A bucket takes parameters of one dtype and device, in reverse order, until it holds at least `bucket_bytes` (the
-    first bucket of each dtype and device: `first_bytes`).
+    A bucket takes parameters of one kind, in the order in which gradients become ready (None: in reverse), until it
+    holds at least `bucket_bytes` (the first bucket of each kind: `first_bytes`).
     """
-    open_buckets: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    open_bytes: dict[tuple[torch.dtype, torch.device], int] = {}
-    limits: dict[tuple[torch.dtype, torch.device], float] = {}
+    order = list(reversed(range(len(parameters)))) if order is None else order
+    place = {index: position for position, index in enumerate(order)}
+    open_buckets: dict[Kind, list[int]] = {}
+    open_bytes: dict[Kind, int] = {}
+    limits: dict[Kind, float] = {}
     closed: list[list[int]] = []
-    for index in reversed(range(len(parameters))):
-        parameter = parameters[index]
-        kind = (parameter.dtype, parameter.device)
-        open_buckets.setdefault(kind, []).append(index)
-        open_bytes[kind] = open_bytes.get(kind, 0) + parameter.numel() * parameter.element_size()
-        if open_bytes[kind] >= limits.setdefault(kind, min(first_bytes, bucket_bytes)):
-            closed.append(open_buckets.pop(kind))
-            open_bytes[kind], limits[kind] = 0, bucket_bytes
+    for index in order:
+        which = kind(parameters[index])
+        open_buckets.setdefault(which, []).append(index)
+        open_bytes[which] = open_bytes.get(which, 0) + parameters[index].numel() * which[0].itemsize
+        if open_bytes[which] >= limits.setdefault(which, min(first_bytes, bucket_bytes)):
+            closed.append(open_buckets.pop(which))
+            open_bytes[which], limits[which] = 0, bucket_bytes
     closed += open_buckets.values()
-    return sorted(closed, key=lambda indices: -indices[-1])
+    return sorted(closed, key=lambda indices: place[indices[-1]])
 
 
 def build_buckets(
     parameters: Sequence[nn.Parameter], comm: Communicator, first_bytes: float, bucket_bytes: float
 ) -> list[Bucket]:
     """Allocate the buckets of `parameters`. All ranks must call, with parameters of the same shapes and dtypes."""
-    buckets = []
-    for indices in assign(parameters, first_bytes, bucket_bytes):
-        members = [parameters[index] for index in indices]
-        numel = sum(parameter.numel() for parameter in members)
-        buckets.append(Bucket(members, comm.allocate(numel, members[0].dtype, members[0].device)))
-    return buckets
+    groups = [[parameters[index] for index in indices] for indices in assign(parameters, first_bytes, bucket_bytes)]
+    lengths = [(kind_of(members[0]), sum(member.numel() for member in members)) for members in groups]
+    buffers = BucketMemory(comm).cut(lengths)
+    return [Bucket(members, buffer) for members, buffer in zip(groups, buffers, strict=True)]
 
 
 def _slot(buffer: Tensor, start: int, parameter: nn.Parameter) -> Tensor:

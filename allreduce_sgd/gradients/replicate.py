@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,14 @@ from allreduce_sgd.comm.base import Communicator, ReduceOp
 from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.errors import MismatchError
 
-__all__ = ["average_buffers", "broadcast_tensors", "check_same_model", "common_sha256", "parameters_sha256"]
+__all__ = [
+    "average_buffers",
+    "broadcast_tensors",
+    "check_same_model",
+    "common_sha256",
+    "parameters_sha256",
+    "ranks_text",
+]
 
 _CHUNK_BYTES = 32 * 2**20
 
@@ -33,30 +40,38 @@ def check_same_model(module: nn.Module, comm: Communicator) -> None:
             views.setdefault(theirs[index] if index < len(theirs) else "nothing more", []).append(rank)
         if len(views) > 1:
             told = "; ".join(
-                f"{_ranks(ranks)} {'have' if len(ranks) > 1 else 'has'} {what}" for what, ranks in views.items()
+                f"{ranks_text(ranks)} {'have' if len(ranks) > 1 else 'has'} {what}" for what, ranks in views.items()
             )
             raise MismatchError(f"the model differs between ranks: {told}")
 
 
-def broadcast_tensors(tensors: Iterable[Tensor], comm: Communicator) -> None:
-    """Overwrite the tensors by those of rank 0, in a few large messages. All ranks must call, with equal tensors."""
+def broadcast_tensors(tensors: Iterable[Tensor], comm: Communicator, root: int = 0) -> None:
+    """Overwrite the tensors by those of rank `root`, in a few large messages. All ranks must call, with equal ones."""
     with torch.no_grad():
         for group in _groups(tensors):
             flat = torch.cat([tensor.reshape(-1) for tensor in group])
-            _scatter_back(comm.broadcast(flat).wait(), group)
+            _scatter_back(comm.broadcast(flat, root).wait(), group)
 
 
-def average_buffers(module: nn.Module, comm: Communicator) -> None:
-    """Make buffers equal on all ranks: floating-point ones their average, the others rank 0's. All ranks must call."""
+def average_buffers(module: nn.Module, comm: Communicator, ranks: Sequence[int] | None = None) -> None:
+    """Make buffers equal on all ranks: floating-point ones their average, the others rank 0's. All ranks must call.
+
+    With `ranks` only those count, in the average, and the last of them instead of rank 0.
+    """
     if comm.size == 1:
         return
     buffers = [buffer for buffer in module.buffers() if buffer.numel()]
     with torch.no_grad():
         for group in _groups(buffers):
             flat = torch.cat([buffer.reshape(-1) for buffer in group])
-            averaged = flat.is_floating_point() or flat.is_complex()
-            work = comm.all_reduce(flat, ReduceOp.AVERAGE) if averaged else comm.broadcast(flat)
-            _scatter_back(work.wait(), group)
+            if not (flat.is_floating_point() or flat.is_complex()):
+                flat = comm.broadcast(flat, 0 if ranks is None else ranks[-1]).wait()
+            elif ranks is None:
+                flat = comm.all_reduce(flat, ReduceOp.AVERAGE).wait()
+            else:
+                mine = flat if comm.rank in ranks else flat.zero_()
+                flat = comm.all_reduce(mine).wait() / len(ranks)
+            _scatter_back(flat, group)
 
 
 def parameters_sha256(module: nn.Module) -> str:
@@ -74,7 +89,7 @@ def common_sha256(module: nn.Module, comm: Communicator) -> str:
     for rank, digest in enumerate(all_gather_object(comm, parameters_sha256(module))):
         views.setdefault(digest, []).append(rank)
     if len(views) > 1:
-        told = "; ".join(f"{_ranks(ranks)}: {digest[:12]}" for digest, ranks in views.items())
+        told = "; ".join(f"{ranks_text(ranks)}: {digest[:12]}" for digest, ranks in views.items())
         raise MismatchError(f"the final parameters differ between ranks (SHA-256 {told})")
     return next(iter(views))
 
@@ -92,7 +107,7 @@ def _describe(kind: str, name: str, tensor: Tensor) -> str:
     return f"{kind} {name!r} of shape {tuple(tensor.shape)}, strides {tensor.stride()}, {dtype}{trained}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def ranks_text(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -61,4 +62,12 @@ def comm(topology: Topology) -> Iterator[Communicator]:
     """Our own communicator."""
     made = connected(topology, "mpi")
     yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def gloo(topology: Topology) -> Iterator[Any]:
+    """A process group of torch.distributed over Gloo, for torch's own DistributedDataParallel and hooks."""
+    made: Any = connected(topology, "gloo")
+    yield torch.distributed.group.WORLD if made._group is None else made._group
     made.close()

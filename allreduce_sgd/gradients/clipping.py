@@ -1,0 +1,61 @@
+"""The global norm of the gradients, and clipping by it (Pascanu, Mikolov and Bengio 2013, arXiv 1211.5063).
+
+Norms are taken of whole buckets. Where the caller promises that gradients stay as they are reduced, that is done as
+soon as each bucket has been reduced, while later ones are still in flight and its memory is still in the cache; at the
+end only one number per bucket is combined. The promise is needed: torch counts most changes in `_version`, but neither
+those of its gradient scaler nor those through `.data`.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from allreduce_sgd.gradients.buckets import Bucket
+
+__all__ = ["BucketNorms", "clip_factor", "lie_in"]
+
+# As torch.nn.utils.clip_grad_norm_ has it, so that the outcomes are equal.
+_EPSILON = 1e-6
+
+
+class BucketNorms:
+    """Norms of buckets, taken when each has been reduced; valid as long as nobody changes what lies in the buckets."""
+
+    def __init__(self, norm_type: float) -> None:
+        self.norm_type = norm_type
+        self._norms: dict[int, tuple[Tensor, int]] = {}
+
+    def measure(self, bucket: Bucket) -> None:
+        dtype = torch.float32 if bucket.buffer.dtype in (torch.float16, torch.bfloat16) else None
+        norm = torch.linalg.vector_norm(bucket.buffer, self.norm_type, dtype=dtype)
+        self._norms[bucket.buffer.data_ptr()] = norm, bucket.buffer._version
+
+    def total(self, buckets: Sequence[Bucket]) -> Tensor | None:
+        """Return the norm over all buckets, None where there are none; the same bits on all ranks."""
+        norms = []
+        for bucket in buckets:
+            norm, version = self._norms.get(bucket.buffer.data_ptr(), (None, 0))
+            if norm is None or version != bucket.buffer._version:
+                # It was changed, or may have been: buckets of one memory share the version. Ranks need not see alike.
+                self.measure(bucket)
+                norm, _ = self._norms[bucket.buffer.data_ptr()]
+            norms.append(norm)
+        return torch.linalg.vector_norm(torch.stack(norms), self.norm_type) if norms else None
+
+
+def lie_in(buckets: Sequence[Bucket], parameters: Sequence[nn.Parameter]) -> bool:
+    """Say whether the gradients of the parameters are exactly what lies in the buckets."""
+    slots = {id(one): slot for bucket in buckets for one, slot in zip(bucket.parameters, bucket.slots, strict=True)}
+    lying = 0
+    for parameter in parameters:
+        if parameter.grad is not None:
+            if parameter.grad is not slots.get(id(parameter)):
+                return False
+            lying += 1
+    return lying == len(slots)
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what gradients of this norm are to be multiplied by so that their norm is at most `max_norm`."""
+    return (max_norm / (norm + _EPSILON)).clamp(max=1.0)
