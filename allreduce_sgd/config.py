@@ -13,6 +13,7 @@ from typing import Any
 import tomli_w
 
 from allreduce_sgd.comm.options import CommunicationOptions
+from allreduce_sgd.compression.options import CompressionOptions
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.gradients.options import GradientOptions
@@ -23,7 +24,7 @@ from allreduce_sgd.strategies.options import StrategyOptions
 
 __all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "config_from", "options", "to_toml"]
 
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,10 @@ class TrainingOptions:
     )
     accumulate: int = option(1, "rounds of forward and backward per optimizer step", minimum=1)
     precision: str = option(
-        "fp32", "fp32, or bf16: automatic mixed precision, parameters and gradients stay fp32", choices=PRECISIONS
+        "fp32",
+        "fp32, or automatic mixed precision in bf16 or fp16, where parameters and gradients stay fp32; fp16 scales the "
+        "loss, and skips steps whose gradients overflow: all ranks together, in strategy local each rank by itself",
+        choices=PRECISIONS,
     )
     target_accuracy: float | None = option(
         None, "stop when an evaluation reaches this test accuracy (a fraction)", above=0, maximum=1
@@ -67,6 +71,11 @@ class RunOptions:
     keep_checkpoints: int = option(3, "how many of the latest checkpoints to keep", minimum=1)
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1)
     tensorboard: bool = option(False, "write TensorBoard event files too (needs the package tensorboard)")
+    trace: str | None = option(
+        None,
+        "write a timeline of one early step of all ranks here, a Chrome trace for ui.perfetto.dev",
+        metavar="FILE",
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,10 @@ class Config:
     communication: CommunicationOptions = field(
         default_factory=CommunicationOptions, metadata={"title": "communication"}
     )
-    gradients: GradientOptions = field(default_factory=GradientOptions, metadata={"title": "gradient buckets"})
+    gradients: GradientOptions = field(default_factory=GradientOptions, metadata={"title": "gradients and replicas"})
+    compression: CompressionOptions = field(
+        default_factory=CompressionOptions, metadata={"title": "compression of gradients"}
+    )
     run: RunOptions = field(default_factory=RunOptions, metadata={"title": "results and checkpoints"})
 
     def flat(self) -> dict[str, Any]:
@@ -183,6 +195,33 @@ def config_from(values: Mapping[str, Any]) -> Config:
     for first, second in (("epochs", "steps"), ("batch-size", "global-batch-size")):
         if config.flat()[first] is not None and config.flat()[second] is not None:
             raise ConfigError(f"--{first} and --{second}: give one of the two, not both")
+    return _reconciled(config)
+
+
+def _reconciled(config: Config) -> Config:
+    """Return the configuration with defaults that depend on other options, or raise ConfigError for a contradiction."""
+    gradients, codec, momentum = config.gradients, config.compression.compression, config.optimizer.momentum
+    if config.training.precision == "fp16" and gradients.check_finite:
+        raise ConfigError(
+            "--check-finite: with --precision fp16 gradients overflow now and then, and those steps are skipped; a run "
+            "that does not get over it stops by itself"
+        )
+    if config.strategy.strategy == "local":
+        of_sync = {
+            "shard-optimizer": gradients.shard_optimizer,
+            "sync-batch-norm": gradients.sync_batch_norm,
+            "static-graph": gradients.static_graph,
+            "no-find-unused-parameters": not gradients.find_unused_parameters,
+        }
+        for flag, given in of_sync.items():
+            if given:
+                raise ConfigError(f"--{flag}: only --strategy sync can do it; in strategy local ranks step alone")
+        if codec == "dgc":
+            raise ConfigError("--compression dgc: it corrects the momentum of gradients, and local sends parameters")
+    if codec == "dgc" and momentum:
+        raise ConfigError(f"--momentum {momentum:g}: --compression dgc has its own; set --compression-momentum instead")
+    if codec == "dgc" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
+        return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
     return config
 
 

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
-from allreduce_sgd.config import Config, config_from
+from allreduce_sgd.config import Config
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.failure import install_excepthooks
+from allreduce_sgd.resume import differences, find_checkpoint, resumed_config, saved_choice
 from allreduce_sgd.run_folder import claim
 from allreduce_sgd.topology import Topology, discover, launcher_rank
 
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-    from allreduce_sgd.checkpoint import Checkpoint
-    from allreduce_sgd.comm.choice import Choice
+    from allreduce_sgd.comm.base import Communicator
+    from allreduce_sgd.data.sampling import EpochSampler
     from allreduce_sgd.data.split import Dataset
     from allreduce_sgd.metrics import MetricsLog
     from allreduce_sgd.models.losses import Loss
@@ -37,12 +38,6 @@ PREEMPTED = 75
 _DOWNLOAD_SECONDS = 30.0
 # For the other ranks, while one downloads: hours on a slow line, but not for ever.
 _DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
-
-_CHANGEABLE_ON_RESUME = frozenset(
-    "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
-    "tensorboard backend algorithm deterministic verbose bucket-mb first-bucket-mb timeout-seconds device threads "
-    "data-dir".split()
-)
 
 
 def run() -> int:
@@ -110,24 +105,24 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
     import torch
 
+    from allreduce_sgd.chrome_trace import check_trace_file
     from allreduce_sgd.comm.factory import connect
     from allreduce_sgd.data.registry import load_dataset
     from allreduce_sgd.data.sampling import EpochSampler
+    from allreduce_sgd.gradients.sync_batch_norm import close_sync_batchnorm
     from allreduce_sgd.metrics import check_tensorboard, write_json
     from allreduce_sgd.models.losses import build_loss
     from allreduce_sgd.models.registry import build_model
     from allreduce_sgd.optim.build import build_optimizer
     from allreduce_sgd.optim.schedule import build_schedule
-    from allreduce_sgd.strategies.build import build_strategy
+    from allreduce_sgd.strategies.build import build_strategy, check_optimizer
     from allreduce_sgd.trainer import Trainer
 
     _check_same_configuration(topology, config)
-    checkpoint = topology.agree(lambda: _find_checkpoint(config))
+    checkpoint = topology.agree(lambda: find_checkpoint(config))
     saved = {} if checkpoint is None else topology.agree(checkpoint.shared)
     if checkpoint is not None:
-        config = topology.agree(
-            lambda: _resumed_config(config, explicit, saved, checkpoint.world_size == topology.size)
-        )
+        config = topology.agree(lambda: resumed_config(config, explicit, saved, checkpoint.world_size == topology.size))
     torch.set_num_threads(config.training.threads or topology.threads_per_rank())
     device = topology.agree(lambda: topology.choose_device(config.training.device))
     if device.type == "cuda":
@@ -136,6 +131,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
     batch = topology.agree(lambda: _global_batch_size(config, topology, dataset, saved))
     sampler = EpochSampler(len(dataset.train), batch, config.training.seed)
+    topology.agree(lambda: _check_shares(config, topology, sampler))
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
     torch.manual_seed(config.training.seed)
     loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
@@ -146,21 +142,38 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         # Rank 0 goes on with the generator that built the model, as a serial program does; the others draw their own.
         torch.manual_seed(config.training.seed + 1_000_003 * topology.rank)
     topology.agree(lambda: _check_fit(model, loss, dataset, device))
-    optimizer = topology.agree(lambda: build_optimizer(config.optimizer, model.parameters()))
+    topology.agree(
+        lambda: check_optimizer(
+            build_optimizer(config.optimizer, model.parameters()), config.gradients, config.training.precision
+        )
+    )
     topology.agree(lambda: check_tensorboard(config.run.tensorboard))
-    table = topology.agree(lambda: _saved_choice(saved, topology, explicit))
+    if config.run.trace is not None:
+        trace = Path(config.run.trace)
+        topology.agree(lambda: check_trace_file(trace) if topology.rank == 0 else None)
+    table = topology.agree(lambda: saved_choice(saved, topology.size, explicit))
     comm = topology.agree(lambda: connect(topology, device, config.communication, table))
     try:
+        topology.agree(lambda: _convert(config, model, comm))
+        strategy = topology.agree(
+            lambda: build_strategy(
+                config.strategy,
+                config.gradients,
+                config.optimizer,
+                model,
+                comm,
+                compression=config.compression,
+                precision=config.training.precision,
+                seed=config.training.seed,
+            )
+        )
         claimed = topology.agree(
             lambda: claim(config, topology.size, saved.get("step", 0)) if topology.rank == 0 else None
         )
         folder = Path(topology.broadcast(str(claimed)))
         log = topology.agree(lambda: _open_log(topology, config, folder))
         with log or contextlib.nullcontext():
-            strategy = build_strategy(
-                config.strategy, config.gradients, config.optimizer.clip_norm, model, optimizer, comm
-            )
-            schedule = build_schedule(config.optimizer, optimizer, total_steps)
+            schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps)
             trainer = Trainer(
                 config, comm, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log, stop
             )
@@ -169,7 +182,8 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
                 if checkpoint.world_size == topology.size:
                     own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
                 trainer.load_state_dict(saved, own)
-                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{_differences(saved, trainer)}")
+                told = differences(saved, config, comm)
+                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{told}")
             _announce(topology, config, trainer, torch.get_num_threads(), folder)
             summary = trainer.fit()
             if summary is None:
@@ -180,6 +194,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         return summary is not None
     finally:
         if sys.exc_info()[0] is None:
+            close_sync_batchnorm(model)
             comm.close()
 
 
@@ -192,57 +207,6 @@ def _check_same_configuration(topology: Topology, config: Config) -> None:
                 error = ConfigError(f"--{name}: rank 0 has {views[0][name]!r}, but rank {rank} has {value!r}")
                 error.rank = 0
                 raise error
-
-
-def _find_checkpoint(config: Config) -> "Checkpoint | None":
-    from allreduce_sgd.checkpoint import find
-
-    return None if config.run.resume is None else find(Path(config.run.resume))
-
-
-def _resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, Any], same_size: bool) -> Config:
-    """Return the configuration that the checkpoint was trained with, changed by the flags that may change it."""
-    before, now = saved["configuration"], config.flat()
-    for name in sorted(explicit - _CHANGEABLE_ON_RESUME):
-        if before.get(name) != now[name]:
-            has = "its default" if before.get(name) is None else before[name]
-            raise ConfigError(f"--{name} {now[name]}: the run being resumed has {has}; start a new run to change it")
-    values = {**before, "output": None, **{name: now[name] for name in explicit}}
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if given in explicit:
-            values[other] = None
-    if not same_size:
-        # So that config.toml, run again on these ranks, is the same training.
-        values["batch-size"], values["global-batch-size"] = None, saved["global_batch_size"]
-    return config_from(values)
-
-
-def _saved_choice(saved: dict[str, Any], topology: Topology, explicit: frozenset[str]) -> "Choice | None":
-    """Return the resumed run's table of algorithms, None where this run has to find its own."""
-    from allreduce_sgd.comm.choice import Choice
-
-    table = saved.get("algorithm_table")
-    if table is None or saved["world_size"] != topology.size or explicit & {"algorithm", "deterministic"}:
-        return None
-    try:
-        return Choice.from_lists(table)
-    except ValueError as problem:
-        raise ConfigError(f"--resume: the checkpoint's algorithm_table is damaged: {problem}") from problem
-
-
-def _differences(saved: dict[str, Any], trainer: "Trainer") -> str:
-    """Say what keeps a resumed run from being bit-identical to an undisturbed one."""
-    import torch
-
-    present = {"ranks": trainer.comm.size, "threads": torch.get_num_threads(), "backend": trainer.comm.backend}
-    sizes = () if trainer.config.communication.deterministic else ("bucket-mb", "first-bucket-mb")
-    present |= {name: trainer.config.flat()[name] for name in sizes}
-    before = {"ranks": saved["world_size"], "threads": saved["threads"], "backend": saved["backend"]}
-    before |= {name: saved["configuration"][name] for name in sizes}
-    changes = [f"{name} {before[name]} -> {now}" for name, now in present.items() if before[name] != now]
-    if saved.get("algorithm_table") != trainer.comm.algorithm_table:
-        changes.append("another table of algorithms")
-    return f" (sums will round differently: {', '.join(changes)})" if changes else ""
 
 
 def _check_fit(model: "nn.Module", loss: "Loss", dataset: "Dataset", device: "torch.device") -> None:
@@ -299,6 +263,29 @@ def _global_batch_size(config: Config, topology: Topology, dataset: "Dataset", s
     return size
 
 
+def _check_shares(config: Config, topology: Topology, sampler: "EpochSampler") -> None:
+    """Raise ConfigError where ranks would go through layers that wait for one another a different number of times."""
+    rounds = config.training.accumulate
+    fewest = sampler.global_count(sampler.steps_per_epoch - 1)
+    if config.gradients.sync_batch_norm and fewest < topology.size * rounds:
+        raise ConfigError(
+            f"--sync-batch-norm: the last mini-batch of an epoch has {_count(fewest, 'sample')}, too few for "
+            f"{_count(topology.size, 'rank')} and {_count(rounds, 'round')} of --accumulate; choose another "
+            f"--batch-size or --global-batch-size"
+        )
+
+
+def _convert(config: Config, model: "nn.Module", comm: "Communicator") -> None:
+    from allreduce_sgd.gradients.sync_batch_norm import convert_sync_batchnorm
+
+    if not config.gradients.sync_batch_norm:
+        return
+    try:
+        convert_sync_batchnorm(model, comm)
+    except ValueError as problem:
+        raise ConfigError(f"--sync-batch-norm: {' '.join(str(problem).split())}") from problem
+
+
 def _open_log(topology: Topology, config: Config, folder: Path) -> "MetricsLog | None":
     from allreduce_sgd.metrics import MetricsLog
 
@@ -318,7 +305,7 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: i
     _say(
         topology,
         f"{ranks}, {trainer.device}, {_count(threads, 'thread')} each, {trainer.comm.backend}{algorithm}, "
-        f"strategy {trainer.strategy.name}\n"
+        f"strategy {trainer.strategy.name}{', optimizer sharded' if trainer.strategy.sharded else ''}\n"
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
         f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
         f"mini-batch {trainer.sampler.global_batch_size}; {trainer.total_steps:,} steps\n"

@@ -5,6 +5,7 @@ is shared out: step s of an epoch takes the same samples on any number of ranks.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import EpochSampler, evaluation_share, share
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.display import Display, number
+from allreduce_sgd.errors import NonFiniteError
+from allreduce_sgd.gradients.check_sync import SyncCheck
 from allreduce_sgd.gradients.replicate import common_sha256
 from allreduce_sgd.metrics import MetricsLog, Tally, Totals
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.random_state import random_state, restore_random_state
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.strategies.base import Share, Strategy
+from allreduce_sgd.strategies.precision import autocast
+from allreduce_sgd.trace import StepTrace
 
 __all__ = ["Evaluation", "Trainer"]
 
@@ -85,6 +90,9 @@ class Trainer:
         self._epoch_totals = Totals()
         self._train_loss: float | None = None
         self._logged = (0, 0.0)
+        every = config.gradients.check_sync
+        self._sync_check = None if every is None else SyncCheck(strategy.model, comm, every)
+        self._trace: StepTrace | None = None
 
     def fit(self) -> dict[str, Any] | None:
         """Train to the end, and return the figures of the summary. The model then is the consensus of all ranks.
@@ -92,6 +100,12 @@ class Trainer:
         Returns None where `stop_asked` ended training before: then the last checkpoint holds everything.
         """
         self.strategy.model.train()
+        if self.config.run.trace is not None:
+            # Past what the first steps do only once, and with an average in it where these are periodic.
+            traced = min(self.step + 2 * self.config.strategy.period, self.total_steps)
+            self._trace = StepTrace(
+                Path(self.config.run.trace), traced, self.strategy.model, self.strategy.optimizer, self.comm
+            )
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
             self._logged = (self.samples, self._watch.train_seconds)
             while self.step < self.total_steps and not self.reached_target:
@@ -129,6 +143,7 @@ class Trainer:
             "epoch_totals": list(vars(self._epoch_totals).values()),
             "train_loss": self._train_loss,
             "evaluation": None if self.evaluation is None else list(vars(self.evaluation).values()),
+            "scaling": None if self.strategy.scaling is None else self.strategy.scaling.state_dict(),
         }
         return shared, {"random": random_state(self.device), "strategy": self.strategy.state_dict()}
 
@@ -138,6 +153,8 @@ class Trainer:
         self.strategy.optimizer.load_state_dict(shared["optimizer"])
         self.schedule.load_state_dict(shared["schedule"])
         self.step, self.samples = shared["step"], shared["samples"]
+        if self.strategy.scaling is not None:
+            self.strategy.scaling.load_state_dict(shared["scaling"])
         self._watch.load_state_dict(shared["watch"])
         self._epoch_totals = Totals(*shared["epoch_totals"])
         self._train_loss = shared["train_loss"]
@@ -175,10 +192,16 @@ class Trainer:
             self._epoch_totals = Totals()
         indices = self.sampler.indices(epoch, position, self.comm.rank, self.comm.size)
         global_samples = self.sampler.global_count(position)
-        self.strategy.step(self._share(indices, global_samples))
+        try:
+            with nullcontext() if self._trace is None else self._trace.around(self.step + 1):
+                self.strategy.step(self._share(indices, global_samples))
+        except NonFiniteError as problem:
+            raise NonFiniteError(f"step {self.step + 1}: {problem}") from None
         self.schedule.step()
         self.step += 1
         self.samples += global_samples
+        if self._sync_check is not None and self.strategy.in_agreement:
+            self._sync_check.after_step(self.step)
 
     def _share(self, indices: Tensor, global_samples: int) -> Share:
         samples = len(indices)
@@ -197,7 +220,7 @@ class Trainer:
 
     def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.training.precision == "bf16"):
+        with autocast(self.config.training.precision, self.device):
             outputs = model(inputs)
             return outputs, targets, self.loss(outputs, targets)
 
@@ -218,6 +241,9 @@ class Trainer:
             "samples_per_second": speed,
             **self._watch.communication(),
         }
+        if self.strategy.scaling is not None:
+            scaling = self.strategy.scaling
+            values |= {"loss_scale": scaling.scale, "skipped_steps": scaling.skipped_steps}
         self._write("train", values)
 
     @torch.no_grad()
@@ -286,6 +312,8 @@ class Trainer:
             "backend": self.comm.backend,
             "algorithm": self.comm.algorithm,
             "steps": self.step,
+            "sharded_optimizer": self.strategy.sharded is not None,
+            "skipped_steps": self.strategy.skipped_steps(),
             "epochs": self.epochs,
             "samples": self.samples,
             "global_batch_size": self.sampler.global_batch_size,

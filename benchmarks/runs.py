@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from allreduce_sgd.errors import ConfigError
 
-__all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "find_mpirun", "outcome_of"]
+__all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "find_mpirun", "outcome_of", "train"]
 
 _MOMENTUM = 0.9
 _ENDING_SECONDS = 10
@@ -101,7 +101,7 @@ class Task:
         else:
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
-            self._train(cell.ranks, {**flags, **self._places(unfinished)})
+            train(cell.ranks, {**flags, **self._places(unfinished)}, self.timeout_seconds)
             unfinished.rename(folder)
         return outcome_of(folder, cell, seed, self.target_accuracy)
 
@@ -131,10 +131,12 @@ class Task:
         places: dict[str, str | int | float] = {"output": str(output)}
         return places if self.data_dir is None else {**places, "data-dir": str(self.data_dir)}
 
-    def _train(self, ranks: int, flags: dict[str, str | int | float]) -> None:
-        launcher = [] if ranks == 1 else [*find_mpirun(), "-np", str(ranks)]
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        _execute([*launcher, sys.executable, "-m", "allreduce_sgd.train", *words], self.timeout_seconds)
+
+def train(ranks: int, flags: Mapping[str, str | int | float], timeout_seconds: int) -> None:
+    """Run a training with these flags. Raises RunFailed, and ConfigError where it refuses the flags."""
+    launcher = [] if ranks == 1 else [*find_mpirun(), "-np", str(ranks)]
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    _execute([*launcher, sys.executable, "-m", "allreduce_sgd.train", *words], timeout_seconds)
 
 
 def find_mpirun() -> list[str]:

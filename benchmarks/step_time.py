@@ -5,8 +5,9 @@ machine hits all alike):
 
 - alone             rank 0 computes, the other ranks sleep: what one core does with the machine to itself
 - no_communication  all ranks compute at once and exchange nothing: alone, plus contention for memory and power
-- allreduce_sgd     our DistributedDataParallel over the mpi back end
+- allreduce_sgd     ours over the mpi back end, the fastest of its settings in this run
 - torch_ddp_gloo    torch's DistributedDataParallel over Gloo, the fastest of its settings in this run
+- allreduce_sgd_NAME, torch_ddp_gloo_NAME   likewise with the codec of `--compression NAME`, where torch has one
 
 All compute in one thread per rank. In round r the time of a contender is the mean over its steps, and the maximum over
 ranks; t = the median over rounds. `ratio` is the median over rounds of (its time in round r / that of
@@ -16,43 +17,43 @@ and what is called exposed is the median over rounds of (its time - that of no_c
 
 Every round starts with one step whose gradients and parameters are checked against a serial step with the mini-batches
 of all ranks, and whose outcome must be the same bits on all ranks; a wrong one ends the benchmark with status 1.
+
+Between hosts `--bound` also measures how short a step could be at best (`overlap`). `--trace FILE` writes a timeline
+of one more step of the fastest of ours. `step_memory` has what a step costs in memory.
 """
 
 import argparse
 import contextlib
 import io
 import os
-import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
 
+from allreduce_sgd.chrome_trace import RankTrace, chrome_trace, write_trace
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.comm.factory import connect
 from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.failure import install_excepthooks
-from allreduce_sgd.gradients.replicate import parameters_sha256
 from allreduce_sgd.topology import Topology, discover, launcher_rank
+from allreduce_sgd.trace import StepRecorder, gather_trace
 from benchmarks.arguments import Parser, check_writable, names, positive_int
-from benchmarks.contenders import Contender, Reference, Turn, contenders, reference
+from benchmarks.contenders import OPTIMIZERS, Contender
+from benchmarks.overlap import OverlapProbe, Parts
 from benchmarks.record import write_record
-from benchmarks.table import format_number, format_table
-from benchmarks.workloads import WORKLOADS
+from benchmarks.step_contenders import COMPRESSIONS, OURS, SETTINGS, Plan, contenders
+from benchmarks.step_hooks import hook_seconds_per_parameter
+from benchmarks.step_rounds import Schedule, measure_rounds
+from benchmarks.step_rows import Setup, report, summarise
+from benchmarks.workloads import WORKLOADS, Workload
 
-__all__ = ["Rounds", "main", "summarise"]
+__all__ = ["main"]
 
-Rounds = Mapping[tuple[str, str], Sequence[Sequence[Turn]]]
-"""By contender's name and setting: the turns of every round, in the order of ranks."""
-
-_BASELINE = ("no_communication", "")
-_ALONE = "alone"
+_UNTRACED_STEPS = 5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -68,85 +69,44 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     install_excepthooks(topology)
     try:
-        topology.agree(lambda: check_writable("--json", options.json) if topology.rank == 0 else None)
+        topology.agree(lambda: _check_files(options) if topology.rank == 0 else None)
         rows = _measure_all(topology, options)
     except ConfigError as problem:
         if problem.rank in (None, topology.rank):
             _complain(problem)
         return 2
     if topology.rank == 0:
-        print(_table(rows))
+        print(report(rows))
         if options.json is not None:
             write_record(options.json, "step_time", arguments, rows)
     return 0
 
 
-def summarise(workload: str, ranks: int, rounds: Rounds) -> list[dict[str, Any]]:
-    """Return a row for each contender: of the settings of one, only the fastest."""
-    baseline = _slowest(rounds[_BASELINE])
-    fastest: dict[str, str] = {}
-    tried: dict[str, dict[str, float]] = {}
-    for (name, setting), turns in rounds.items():
-        tried.setdefault(name, {})[setting] = statistics.median(_slowest(turns))
-        fastest[name] = min(tried[name], key=tried[name].__getitem__)
-    rows = []
-    for name, setting in fastest.items():
-        turns = rounds[name, setting]
-        slowest = _slowest(turns)
-        waited_seconds = _typical(turns, lambda turn: turn.exposed_seconds)
-        longer_seconds = statistics.median(mine - base for mine, base in zip(slowest, baseline, strict=True))
-        rows.append(
-            {
-                "workload": workload,
-                "contender": name,
-                "setting": setting,
-                "ranks": ranks,
-                "rounds": len(turns),
-                "median_seconds": tried[name][setting],
-                "minimum_seconds": min(slowest),
-                "maximum_seconds": max(slowest),
-                "ratio": statistics.median(mine / base for mine, base in zip(slowest, baseline, strict=True)),
-                "forward_seconds": _typical(turns, lambda turn: turn.forward_seconds),
-                "backward_seconds": _typical(turns, lambda turn: turn.backward_seconds),
-                "optimizer_seconds": _typical(turns, lambda turn: turn.optimizer_seconds),
-                "exposed_seconds": longer_seconds if waited_seconds is None else waited_seconds,
-                "exposed_by": "difference" if waited_seconds is None else "waiting",
-                "sent_bytes": _typical(turns, lambda turn: turn.sent_bytes),
-                "settings_tried": {each: seconds for each, seconds in tried[name].items() if each},
-            }
-        )
-    return rows
-
-
-def _slowest(rounds: Sequence[Sequence[Turn]]) -> list[float]:
-    """Return the seconds per step of each round: the maximum over ranks."""
-    return [max(turn.seconds for turn in turns) for turns in rounds]
-
-
-def _typical(rounds: Sequence[Sequence[Turn]], part: Callable[[Turn], float | None]) -> float | None:
-    """Return the mean over ranks in each round, then the median over rounds; None where it was not measured.
-
-    The mean, not the maximum: the ranks of a step end together, and what one waits the other computes.
-    """
-    means = []
-    for turns in rounds:
-        values = [value for value in map(part, turns) if value is not None]
-        if values:
-            means.append(statistics.fmean(values))
-    return statistics.median(means) if means else None
-
-
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("step_time", "Measure what communication costs a training step; start it with mpirun -np N.")
     parser.add_argument("--workloads", default=",".join(WORKLOADS), metavar="NAMES", help="separated by commas")
+    parser.add_argument("--settings", default=",".join(SETTINGS), metavar="NAMES", help="of ours; the fastest counts")
+    parser.add_argument(
+        "--compression", default="none", metavar="NAMES", help=f"also ours with these codecs: {', '.join(COMPRESSIONS)}"
+    )
+    parser.add_argument("--optimizer", default="sgd", choices=tuple(OPTIMIZERS), help="of all contenders")
     parser.add_argument("--steps", type=positive_int, default=30, metavar="N", help="timed steps per round")
     parser.add_argument("--warmup", type=positive_int, default=5, metavar="N", help="untimed steps before them")
     parser.add_argument("--rounds", type=positive_int, default=7, metavar="N", help="turns of each contender")
+    parser.add_argument("--bound", action="store_true", help="also measure the parts of the overlap bound")
     parser.add_argument("--timeout-seconds", type=positive_int, default=300, metavar="N", help="deadline of every wait")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the record here")
+    parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace of one step of ours here")
     options = parser.parse_args(arguments)
     options.workloads = names("--workloads", options.workloads, tuple(WORKLOADS))
+    options.settings = names("--settings", options.settings, SETTINGS)
+    options.compression = names("--compression", options.compression, ("none", *COMPRESSIONS))
     return options
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    check_writable("--json", options.json)
+    check_writable("--trace", options.trace)
 
 
 def _complain(problem: ConfigError) -> None:
@@ -160,86 +120,56 @@ def _measure_all(topology: Topology, options: argparse.Namespace) -> list[dict[s
     ours = connect(topology, device, CommunicationOptions(backend, timeout_seconds=options.timeout_seconds))
     # This makes torch's default process group, which torch's DDP takes.
     gloo = connect(topology, device, CommunicationOptions("gloo", timeout_seconds=options.timeout_seconds))
-    rows = []
+    hook_seconds = hook_seconds_per_parameter(ours)
+    rows: list[dict[str, Any]] = []
+    traces: list[tuple[str, Sequence[RankTrace]]] = []
     for name in options.workloads:
-        rows += summarise(name, topology.size, _measure(name, topology, ours, options))
+        # Its own function: torch's DDP must be gone before its process group is.
+        added, trace = _measure(name, topology, ours, options)
+        for row in added:
+            if row["contender"] == OURS:
+                row["hook_seconds_per_parameter"] = hook_seconds
+                traces += [] if trace is None else [(f"{name}, {OURS} {row['setting']}", trace)]
+        rows += added
+    if options.trace is not None and topology.rank == 0:
+        write_trace(options.trace, chrome_trace(traces))
     gloo.close()
     ours.close()
     return rows
 
 
-def _measure(name: str, topology: Topology, comm: Communicator, options: argparse.Namespace) -> Rounds:
+def _measure(
+    name: str, topology: Topology, comm: Communicator, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], Sequence[RankTrace] | None]:
+    """Return the rows of a workload, and the trace of one step of the fastest of ours where one is asked for."""
     workload = WORKLOADS[name]
-    field = list(contenders(workload, comm))
-    truth = reference(workload, topology.size)
+    codecs = tuple(codec for codec in options.compression if codec != "none")
+    field = list(contenders(workload, comm, Plan(options.settings, codecs, options.optimizer, topology.nodes)))
+    probe = OverlapProbe(workload, comm, options.optimizer) if options.bound and topology.size > 1 else None
+    parts: list[Parts] = []
+
+    def measure_parts() -> None:
+        if probe is not None:
+            parts.append(probe.turn(options.steps))
+
+    schedule = Schedule(options.rounds, options.warmup, options.steps)
+    rounds = measure_rounds(name, workload, field, topology, comm, schedule, measure_parts)
+    rows = summarise(name, Setup(topology.size, topology.nodes, options.optimizer), rounds, parts)
+    # All ranks have the same times, and choose alike.
+    fastest = [(row["contender"], row["setting"]) for row in rows if row["contender"] == OURS]
+    chosen = [each for each in field if options.trace is not None and (each.name, each.setting) in fastest]
+    return rows, _trace(chosen[0], workload, topology, comm) if chosen else None
+
+
+def _trace(contender: Contender, workload: Workload, topology: Topology, comm: Communicator) -> list[RankTrace]:
+    """Record one step of all ranks."""
     batch = workload.batch(topology.rank)
-    rounds: dict[tuple[str, str], list[list[Turn]]] = {(each.name, each.setting): [] for each in field}
-    silent = topology.rank > 0 or not sys.stderr.isatty()
-    with tqdm(total=options.rounds * len(field), desc=name, unit="turn", leave=False, disable=silent) as bar:
-        for index in range(options.rounds):
-            first = index % len(field)
-            for each in field[first:] + field[:first]:
-                comm.barrier().wait()
-                mine = _Report()
-                if topology.rank == 0 or each.name != _ALONE:
-                    mine = _take_turn(each, truth, batch, options)
-                # Ranks without a part in this turn sleep in here, polling a hundred times a second.
-                rounds[each.name, each.setting].append(_agreed(f"{name}, {each.label}", topology.gather_all(mine)))
-                bar.update()
-    return rounds
-
-
-@dataclass(frozen=True)
-class _Report:
-    """What a rank has to say after a turn: its times, what is wrong, and a hash of the parameters it checked."""
-
-    turn: Turn | None = None
-    wrong: str | None = None
-    parameters_sha256: str | None = None
-
-
-def _take_turn(
-    contender: Contender, truth: Reference, batch: tuple[Tensor, Tensor], options: argparse.Namespace
-) -> _Report:
-    contender.reset()
-    wrong = digest = None
-    if contender.synchronises:
-        contender.turn(batch, 1)
-        wrong, digest = contender.check(truth), parameters_sha256(contender.module)
-    contender.turn(batch, options.warmup)
-    return _Report(contender.turn(batch, options.steps), wrong, digest)
-
-
-def _agreed(what: str, reports: Sequence[_Report]) -> list[Turn]:
-    """Return the turns of those ranks that had one, or raise RuntimeError where a step was wrong on any rank."""
-    for rank, report in enumerate(reports):
-        if report.wrong is not None:
-            raise RuntimeError(f"{what}: after one step rank {rank} differs from a serial step: {report.wrong}")
-    if len({report.parameters_sha256 for report in reports}) > 1:
-        raise RuntimeError(f"{what}: after one step the parameters are not the same bits on all ranks")
-    return [report.turn for report in reports if report.turn is not None]
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ["workload", "contender", "ms per step", "ratio", "forward", "backward", "optimizer", "exposed", "MB sent"]
-    lines = []
-    for row in rows:
-        low, middle, high = (1e3 * row[f"{which}_seconds"] for which in ("minimum", "median", "maximum"))
-        phases = [1e3 * row[f"{phase}_seconds"] for phase in ("forward", "backward", "optimizer", "exposed")]
-        sent = None if row["sent_bytes"] is None else row["sent_bytes"] / 1e6
-        lines.append(
-            [
-                row["workload"],
-                f"{row['contender']} {row['setting']}".rstrip(),
-                f"{format_number(middle)} [{format_number(low)}–{format_number(high)}]",
-                f"{row['ratio']:.3f}",
-                *map(format_number, phases),
-                format_number(sent),
-            ]
-        )
-    ranks = rows[0]["ranks"]
-    heading = f"{ranks} rank{'s' if ranks > 1 else ''}, one thread each; milliseconds per step"
-    return f"{heading}\n\n{format_table(header, lines, 2)}"
+    recorder = StepRecorder(contender.replica, contender.stepper, comm)
+    contender.turn(batch, _UNTRACED_STEPS)
+    comm.barrier().wait()
+    with recorder.recording():
+        contender.step(batch)
+    return gather_trace(recorder, comm)
 
 
 if __name__ == "__main__":

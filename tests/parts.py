@@ -143,3 +143,91 @@ def zero_line() -> nn.Module:
     model = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(model.weight)
     return model
+
+
+class _Troubled(nn.Module):
+    """On rank 1, in training step 5 (3 for nan_gradient), something goes wrong that only numbers show."""
+
+    def __init__(self, classes: int, trouble: str) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.head = nn.Linear(32, classes)
+        self.trouble = trouble
+        # A buffer, so that a resumed run goes on counting.
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+        self.steps: Tensor
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.body(inputs))
+        if not self.training:
+            return outputs
+        self.steps += 1
+        if self.trouble == "hopeless":
+            return outputs * float("nan")
+        if _rank() != 1 or int(self.steps) != (3 if self.trouble == "nan_gradient" else 5):
+            return outputs
+        match self.trouble:
+            case "overflow":
+                return outputs * float("inf")
+            case "nan_gradient":
+                # Adds zero, the gradient of which is not finite, for the bias only.
+                return outputs + torch.sqrt((self.head.bias - self.head.bias.detach()).sum())
+            case _:
+                self.head.weight.data[0, 0] += 1e-6
+                return outputs
+
+
+def overflowing_model(classes: int) -> nn.Module:
+    return _Troubled(classes, "overflow")
+
+
+def nan_gradient_model(classes: int) -> nn.Module:
+    return _Troubled(classes, "nan_gradient")
+
+
+def drifting_model(classes: int) -> nn.Module:
+    return _Troubled(classes, "drift")
+
+
+class _OwnNorm(nn.BatchNorm1d):
+    def forward(self, input: Tensor) -> Tensor:
+        return input
+
+
+def own_norm_model(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), _OwnNorm(64), nn.Linear(64, classes))
+
+
+class _SparseModel(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.words = nn.EmbeddingBag(17, 8, sparse=True)
+        self.head = nn.Linear(8, classes)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.words(inputs.flatten(1).long().clamp(0, 16)))
+
+
+def sparse_model(classes: int) -> nn.Module:
+    return _SparseModel(classes)
+
+
+def hopeless_model(classes: int) -> nn.Module:
+    return _Troubled(classes, "hopeless")
+
+
+class _LastDeclaredFirst(nn.Module):
+    """Gradients arrive in the order of declaration, not in reverse."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(90, classes)
+        self.middle = nn.Linear(110, 90)
+        self.first = nn.Linear(64, 110)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(torch.relu(self.middle(torch.relu(self.first(inputs.flatten(1))))))
+
+
+def last_declared_first(classes: int) -> nn.Module:
+    return _LastDeclaredFirst(classes)

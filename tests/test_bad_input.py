@@ -38,6 +38,25 @@ CASES = [
     (["--dataset", "tests.parts:course_samples", "--model", "tests.parts:fails_on_rank_1"], "fails_on_rank_1"),
     (["--model", "tests.parts:wrong_width"], "--loss cross-entropy: the model's outputs"),
     (["--model", "tests.parts:wrong_input"], "--model: it cannot take the samples of --dataset digits"),
+    (["--precision", "fp8"], "--precision: unknown value 'fp8'; choose from fp32, bf16, fp16"),
+    (["--precision", "fp16", "--optimizer", "lbfgs"], "--precision fp16: LBFGS evaluates the loss several times"),
+    (["--precision", "fp16", "--check-finite"], "--check-finite: with --precision fp16 gradients overflow"),
+    (["--check-sync", "0"], "--check-sync: 0 is out of range; it must be at least 1"),
+    (["--buffers", "keep"], "--buffers: unknown value 'keep'; choose from leave, average, broadcast"),
+    (["--shard-optimizer", "--optimizer", "lbfgs"], "--shard-optimizer: LBFGS decides by the whole gradient"),
+    (["--shard-optimizer", "--model", "tests.parts:sparse_model"], "--shard-optimizer: the model has embeddings"),
+    (["--shard-optimizer", "--strategy", "local"], "--shard-optimizer: only --strategy sync can do it"),
+    (["--no-find-unused-parameters", "--strategy", "local"], "--no-find-unused-parameters: only --strategy sync"),
+    (["--sync-batch-norm", "--strategy", "local"], "--sync-batch-norm: only --strategy sync"),
+    (["--sync-batch-norm", "--model", "tests.parts:own_norm_model"], "--sync-batch-norm: convert_sync_batchnorm"),
+    (
+        ["--sync-batch-norm", "--global-batch-size", "1437", "--accumulate", "2"],
+        "--sync-batch-norm: the last mini-batch of an epoch has 1 sample, too few for 1 rank and 2 rounds",
+    ),
+    (["--compression", "gzip"], "--compression: unknown value 'gzip'; choose from none, fp16, bf16, int8, sign, top-k"),
+    (["--compression-rank", "2"], "--compression-rank: --compression none has no use for it, only powersgd"),
+    (["--compression", "dgc", "--momentum", "0.9"], "--momentum 0.9: --compression dgc has its own"),
+    (["--compression", "dgc", "--strategy", "local"], "--compression dgc: it corrects the momentum of gradients"),
     (["--timeout-seconds", "1e10"], "--timeout-seconds: 10000000000.0 is out of range"),
     (["--resume", "{tmp}/none"], "--resume: cannot read {tmp}/none/config.toml"),
     (["--output", "{tmp}/used"], "--output: the folder {tmp}/used is already used"),
@@ -71,10 +90,10 @@ def test_on_one_rank(tmp_path: Path, capfd: pytest.CaptureFixture[str], flags: l
     assert (tmp_path / "used" / "file").read_text() == "mine"
 
 
-# One of each phase: flags, file, download, data, model, optimizer, back end, size of the mini-batch, folder.
+# One of each phase: flags, file, download, data, model, optimizer, back end, size of the mini-batch, layers.
 @pytest.mark.parametrize(
     ("flags", "text"),
-    [CASES[index] for index in (0, 1, 3, 6, 8, 11, 15, 19, 20, 23)],
+    [CASES[index] for index in (0, 1, 3, 6, 8, 11, 15, 19, 20, 23, 38)],
     ids=lambda part: part if isinstance(part, str) else "",
 )
 def test_on_three_ranks_one_of_them_speaks(tmp_path: Path, flags: list[str], text: str) -> None:

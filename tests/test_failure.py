@@ -63,7 +63,7 @@ def test_an_exception_in_another_thread_ends_all(tmp_path: Path) -> None:
 
 
 def test_a_parameter_without_gradient_is_named(tmp_path: Path) -> None:
-    status, errors, _ = run_failing("forgetful_model", tmp_path)
+    status, errors, _ = run_failing("forgetful_model", tmp_path, "--no-find-unused-parameters")
     assert status not in (0, 2)
     assert "1 of 3 parameters got no gradient in this backward pass: forgotten" in errors
     assert errors.count("Traceback") == 1
@@ -74,6 +74,8 @@ def test_a_silent_rank_ends_the_job_at_the_deadline(tmp_path: Path, backend: str
     flags = ["--timeout-seconds", "3", "--backend", backend]
     status, errors, seconds = run_failing("silent_rank", tmp_path, *flags, ranks=2)
     assert status not in (0, 2)
-    assert "CommunicationTimeout: all_reduce of 650 float32" in errors
+    # 650 gradients and a flag per parameter, or, where the optimizer is sharded, chunks of whole cache lines.
+    operation = "reduce_scatter of 768" if backend == "mpi" else "all_reduce of 653"
+    assert f"CommunicationTimeout: {operation} float32" in errors
     assert "not finished after 3 s; a rank is stuck, gone or late" in errors
     assert seconds < 50

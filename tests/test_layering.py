@@ -18,11 +18,11 @@ PACKAGE = "allreduce_sgd"
 # From the top down. What stands on one line may not import one another. "" is allreduce_sgd/__init__.py.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "train", "benchmarks"}),
-    frozenset({"trainer", "command_line", "start"}),
+    frozenset({"trainer", "command_line", "start", "resume"}),
     frozenset({"run_folder"}),
     frozenset({"config"}),
-    frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "display"}),
-    frozenset({"gradients", "optim"}),
+    frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "display", "trace"}),
+    frozenset({"gradients", "optim", "chrome_trace"}),
     frozenset({"compression"}),
     frozenset({"comm"}),
     frozenset({"failure"}),

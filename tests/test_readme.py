@@ -7,12 +7,14 @@ import pytest
 
 from tests.launching import ROOT, mpirun
 
+CODES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
+
+@pytest.mark.parametrize("code", CODES, ids=["plain", "sharded"])
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_the_loop_of_the_readme_trains_the_same_model_on_all_ranks(
-    tmp_path_factory: pytest.TempPathFactory, ranks: int
+def test_the_loops_of_the_readme_train_the_same_model_on_all_ranks(
+    tmp_path_factory: pytest.TempPathFactory, ranks: int, code: str
 ) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     program = tmp_path_factory.mktemp("readme") / "loop.py"
     # A file per rank: what ranks print at once comes mixed through the launcher.
     ending = "print(loss.item(), model.module.weight.tolist(), file=open(f'{__file__}.{comm.rank}', 'w'))\n"

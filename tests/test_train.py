@@ -100,7 +100,7 @@ def test_one_rank_equals_a_plain_serial_loop_bit_for_bit(tmp_path: Path, ranks: 
 
 
 def test_the_number_of_ranks_does_not_change_the_training(tmp_path: Path) -> None:
-    flags = ["--global-batch-size", "60", "--steps", "20"]
+    flags = ["--global-batch-size", "60", "--steps", "20", "--no-shard-optimizer"]
     summaries = {ranks: train(ranks, tmp_path / str(ranks), *flags) for ranks in (1, 2, 3, 4)}
     assert len({summary["samples"] for summary in summaries.values()}) == 1
     parameter_bytes = 4 * (64 * 512 + 512 + 512 * 512 + 512 + 512 * 10 + 10)
@@ -110,6 +110,10 @@ def test_the_number_of_ranks_does_not_change_the_training(tmp_path: Path) -> Non
         least = 2 * (ranks - 1) / ranks * parameter_bytes * summary["steps"]
         # A little more: the figures of each logged step are summed too.
         assert least <= summary["communication_bytes"] <= 1.01 * least
+    # Where the ranks have one memory for the parameters, nothing is gathered after the update.
+    sharded = train(3, tmp_path / "sharded", *flags[:-1])
+    assert sharded["parameters_sha256"] == summaries[3]["parameters_sha256"]
+    assert 0.49 < sharded["communication_bytes"] / summaries[3]["communication_bytes"] < 0.51
 
 
 @pytest.mark.parametrize(

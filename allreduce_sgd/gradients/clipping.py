@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from allreduce_sgd.gradients.buckets import Bucket
+from allreduce_sgd.gradients.buckets import Bucket, Kind, kind_of
 
 __all__ = ["BucketNorms", "clip_factor", "lie_in"]
 
@@ -24,23 +24,26 @@ class BucketNorms:
 
     def __init__(self, norm_type: float) -> None:
         self.norm_type = norm_type
-        self._norms: dict[int, tuple[Tensor, int]] = {}
+        self._norms: dict[int, Tensor] = {}
+        # Buckets of one kind share memory, so also its version, which the arrival of each raises: the last one counts.
+        self._versions: dict[Kind, int] = {}
 
     def measure(self, bucket: Bucket) -> None:
         dtype = torch.float32 if bucket.buffer.dtype in (torch.float16, torch.bfloat16) else None
         norm = torch.linalg.vector_norm(bucket.buffer, self.norm_type, dtype=dtype)
-        self._norms[bucket.buffer.data_ptr()] = norm, bucket.buffer._version
+        self._norms[bucket.buffer.data_ptr()] = norm
+        self._versions[kind_of(bucket.buffer)] = bucket.buffer._version
 
     def total(self, buckets: Sequence[Bucket]) -> Tensor | None:
         """Return the norm over all buckets, None where there are none; the same bits on all ranks."""
-        norms = []
         for bucket in buckets:
-            norm, version = self._norms.get(bucket.buffer.data_ptr(), (None, 0))
-            if norm is None or version != bucket.buffer._version:
-                # It was changed, or may have been: buckets of one memory share the version. Ranks need not see alike.
-                self.measure(bucket)
-                norm, _ = self._norms[bucket.buffer.data_ptr()]
-            norms.append(norm)
+            changed = self._versions.get(kind_of(bucket.buffer)) != bucket.buffer._version
+            if changed or bucket.buffer.data_ptr() not in self._norms:
+                # Ranks need not see alike.
+                for one in buckets:
+                    self.measure(one)
+                break
+        norms = [self._norms[bucket.buffer.data_ptr()] for bucket in buckets]
         return torch.linalg.vector_norm(torch.stack(norms), self.norm_type) if norms else None
 
 

@@ -75,6 +75,7 @@ class DistributedDataParallel(nn.Module):
         self.compression = compression
         self.reduce_dtype = reduce_dtype
         self._norms: BucketNorms | None = None
+        self._sharded: ShardedParameters | None = None
         self.cleared = 0
         self._detach()
         if not any(parameter.requires_grad for parameter in module.parameters()):
@@ -243,10 +244,13 @@ class DistributedDataParallel(nn.Module):
             raise ValueError(f"ShardedOptimizer: the gradient of {sparse[0]!r} is sparse; use an optimizer of its own")
         if not whole and isinstance(self._exchange, AllReduce):
             self._reduce_by(ReduceScatter(self.comm))
+        elif whole and isinstance(self._exchange, ReduceScatter):
+            self._reduce_by(AllReduce(self.comm))
         self._reducer.set_order(None)
         if any(len({one.dtype for one in bucket.parameters}) > 1 for bucket in self._reducer.buckets):
             raise ValueError("ShardedOptimizer: reduce_dtype would mix dtypes of parameters in a bucket; leave it out")
-        return ShardedParameters(self._reducer.buckets, self.comm, whole, shared)
+        self._sharded = ShardedParameters(self._reducer.buckets, self.comm, whole, shared)
+        return self._sharded
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -262,8 +266,8 @@ class DistributedDataParallel(nn.Module):
         return set() if self._reducer is None else self._reducer.unused
 
     def layout_changed(self, layout: ShardedParameters) -> bool:
-        """Say whether buckets have been cut anew since `shard`."""
-        return self._reducer is None or self._reducer.buckets is not layout.gradients
+        """Say whether buckets have been cut anew, or parameters been moved, since `shard` returned this layout."""
+        return self._reducer is None or self._reducer.buckets is not layout.gradients or self._sharded is not layout
 
     def follow_buffers(self) -> None:
         """Make the buffers what the options say, in training mode. All ranks must call."""
@@ -285,7 +289,7 @@ class DistributedDataParallel(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"comm", "joining", "_reducer", "_exchange", "_norms", "_everyone", "_trained"}
+        left_out = {"comm", "joining", "_reducer", "_exchange", "_norms", "_sharded", "_everyone", "_trained"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -299,6 +303,7 @@ class DistributedDataParallel(nn.Module):
         self._reducer: Reducer | None = None
         self._exchange: Exchange | None = None
         self._norms = None
+        self._sharded = None
         self._everyone: list[nn.Parameter] = []
         self._trained: list[bool] = []
         self._has_buffers = any(True for _ in self.module.buffers())

@@ -227,7 +227,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "wrapper; accumulate within no_sync()"
             )
         if self._layout is not None and self._replica.layout_changed(self._layout):
-            raise RuntimeError("ShardedOptimizer: parameters were frozen or unfrozen since; make a new one")
+            raise RuntimeError(
+                "ShardedOptimizer: parameters were frozen or unfrozen, or another one was made, since; make a new one, "
+                "of all parameters"
+            )
         unused = self._replica.unused_parameters()
         for shard in self._shards:
             shard.part.grad = None

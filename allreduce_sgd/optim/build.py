@@ -24,8 +24,13 @@ def optimizer_names() -> dict[str, type[torch.optim.Optimizer]]:
     return found
 
 
-def build_optimizer(options: OptimizerOptions, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Build the optimizer; an option it does not have, or that it refuses, raises ConfigError naming the flag."""
+def build_optimizer(
+    options: OptimizerOptions, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
+) -> torch.optim.Optimizer:
+    """Build the optimizer of these parameters, or groups of them.
+
+    An option it does not have, or that it refuses, raises ConfigError naming the flag.
+    """
     known = optimizer_names()
     kind = known.get(options.optimizer.lower())
     if kind is None:

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allreduce_sgd.comm.base import Communicator
+from allreduce_sgd.comm.base import Communicator, ReduceOp
+from allreduce_sgd.gradients.replicate import average_buffers, broadcast_tensors
+from allreduce_sgd.gradients.sharded import ShardedOptimizer
 from allreduce_sgd.optim.build import needs_closure
+from allreduce_sgd.strategies.precision import LossScaling
 
-__all__ = ["Share", "Strategy", "restored", "zero_loss"]
+__all__ = ["Share", "Strategy", "agree_on_buffers", "restored", "zero_loss"]
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,28 @@ class Strategy(ABC):
     """The name of the method, as `--strategy` spells it."""
     consensus_kind: str
     """What the consensus model is, for the summary."""
+    sharded: ShardedOptimizer | None = None
+    """The optimizer, where every rank has only its share of it."""
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, comm: Communicator, clip_norm: float | None
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        comm: Communicator,
+        clip_norm: float | None,
+        scaling: LossScaling | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
         self.comm = comm
         self.clip_norm = clip_norm
+        self.scaling = scaling
+        self._needs_closure = needs_closure(optimizer)
+
+    @property
+    def in_agreement(self) -> bool:
+        """Whether all ranks must have the same parameters now, between two steps."""
+        return True
 
     @abstractmethod
     def step(self, share: Share) -> None:
@@ -69,6 +86,11 @@ class Strategy(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Leave `model` with the consensus for good: the end of training."""
+
+    def skipped_steps(self) -> int:
+        """Return the most steps that a rank skipped since its gradients overflowed. All ranks must call."""
+        own = 0 if self.scaling is None else self.scaling.skipped_steps
+        return int(self.comm.all_reduce(torch.tensor([own]), ReduceOp.MAX).wait())
 
     def message_bytes(self) -> list[int]:
         """Return the size of each of the buckets that ranks exchange; none on one rank alone."""
@@ -89,19 +111,48 @@ class Strategy(ABC):
 
     def _apply(self, gradients: Callable[[], Tensor]) -> None:
         """Run `gradients`, which fills `.grad` and returns the loss, clip, and take the optimizer's step."""
+        if self._needs_closure:
 
-        def closure() -> Tensor:
-            self.optimizer.zero_grad(set_to_none=True)
-            loss = gradients()
-            if self.clip_norm is not None:
-                nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
-            return loss
+            def closure() -> Tensor:
+                self.optimizer.zero_grad(set_to_none=True)
+                loss = gradients()
+                if self.clip_norm is not None:
+                    self._clip(self.clip_norm)
+                return loss
 
-        if needs_closure(self.optimizer):
             self.optimizer.step(closure)  # type: ignore[arg-type]  # LBFGS takes a Tensor's value by float()
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        gradients()
+        if self.clip_norm is not None:
+            # Scaled gradients have a scaled norm, so they need not be divided first.
+            self._clip(self.clip_norm * (1.0 if self.scaling is None else self.scaling.scale))
+        self._update()
+
+    def _backward(self, loss: Tensor) -> None:
+        if self.scaling is None:
+            loss.backward()
         else:
-            closure()
+            self.scaling.backward(loss)
+
+    def _clip(self, max_norm: float) -> None:
+        """Scale the gradients down to this global norm if theirs is larger."""
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
+    def _update(self) -> None:
+        """Take the optimizer's step with the gradients as they are, or skip it where loss scaling says so."""
+        if self.scaling is None:
             self.optimizer.step()
+        else:
+            self.scaling.step(self.optimizer)
+
+
+def agree_on_buffers(model: nn.Module, comm: Communicator, how: str) -> None:
+    """Make buffers equal: those of rank 0 for `how` "broadcast", else the average. All ranks must call."""
+    if how == "broadcast":
+        broadcast_tensors(model.buffers(), comm)
+    else:
+        average_buffers(model, comm)
 
 
 def zero_loss(model: nn.Module) -> Tensor:

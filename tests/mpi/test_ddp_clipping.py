@@ -49,13 +49,31 @@ def test_the_norm_and_the_clipped_gradients_are_torchs(
             replicas.zero_grad()
 
 
-def test_twice_in_a_row_and_without_clearing(comm: Communicator) -> None:
+def test_norms_of_untouched_gradients_are_taken_in_flight(comm: Communicator) -> None:
+    """The proof that they are: what is changed behind torch's back against the promise is not seen."""
+    if comm.size == 1:
+        pytest.skip("one rank alone has no buckets")
+    ddp, replicas = wrapped(network(), comm), Replicas(network, comm.size)
+    for step in range(3):
+        loss_of(ddp, comm.rank, step).backward()
+        replicas.backward(loss_of, step)
+        wanted = clip_grad_norm_(replicas.models[comm.rank].parameters(), 1e6)
+        if step == 2:
+            for parameter in ddp.parameters():
+                gradient_of(parameter).data.mul_(100)
+        torch.testing.assert_close(ddp.clip_grad_norm_(1e6, untouched=True), wanted)
+        ddp.zero_grad()
+        replicas.zero_grad()
+
+
+@pytest.mark.parametrize("untouched", [False, True])
+def test_twice_in_a_row_and_without_clearing(comm: Communicator, untouched: bool) -> None:
     ddp, replicas = wrapped(network(), comm), Replicas(network, comm.size)
     for step in range(3):
         loss_of(ddp, comm.rank, step).backward()
         replicas.backward(loss_of, step)
         for max_norm in (0.05, 0.02):
-            norm = ddp.clip_grad_norm_(max_norm)
+            norm = ddp.clip_grad_norm_(max_norm, untouched=untouched)
             wanted = [clip_grad_norm_(model.parameters(), max_norm) for model in replicas.models]
             torch.testing.assert_close(norm, wanted[comm.rank])
             assert_same_gradients(ddp.module, replicas.models[comm.rank])
@@ -71,7 +89,7 @@ def test_gradients_that_were_changed_after_the_backward_pass(comm: Communicator)
             for model in [ddp.module, *replicas.models]:
                 if step == 0:
                     for parameter in model.parameters():
-                        gradient_of(parameter).mul_(0.125)
+                        gradient_of(parameter).data.mul_(0.125)
                 elif step == 1:
                     model.get_parameter("0.weight").grad = None
                 else:

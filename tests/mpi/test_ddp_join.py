@@ -81,6 +81,23 @@ def test_the_final_model_is_that_of_the_replicas(comm: Communicator, divide_by_i
     assert_same_parameters(ddp.module, replicas.models[0])
 
 
+def test_averaged_buffers_are_those_of_the_ranks_that_still_have_input(comm: Communicator) -> None:
+    """Each batch is constant, so that running means follow by hand."""
+    momentum, value = 0.5, 1.0 + comm.rank
+    ddp = wrapped(nn.Sequential(nn.BatchNorm1d(1, momentum=momentum), nn.Linear(1, 1)), comm, average_buffers=True)
+    means = [0.0] * comm.size
+    with ddp.join():
+        for _ in range(steps_of(comm.rank)):
+            ddp(torch.full((2, 1), value)).sum().backward()
+    for step in range(max(steps_of(rank) for rank in range(comm.size))):
+        active = [rank for rank in range(comm.size) if step < steps_of(rank)]
+        start = sum(means[rank] for rank in active) / len(active)
+        for rank in active:
+            means[rank] = (1 - momentum) * start + momentum * (1.0 + rank)
+    # At the end all take the model of the highest of those that ended last.
+    torch.testing.assert_close(ddp.module.get_buffer("0.running_mean"), torch.tensor([means[-1]]))
+
+
 def counts(rank: int) -> list[int]:
     """The sizes of a rank's batches: they differ between ranks and steps, and so does their number."""
     return [1 + (rank + 2 * step) % 5 for step in range(steps_of(rank))]

@@ -188,6 +188,35 @@ def test_overlap_is_real_already_in_the_first_step(
     assert len(launches) == 4
 
 
+class Idle(nn.Module):
+    """One parameter is never used, and something is left to do after the gradients of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.idle = nn.Linear(5, 5), nn.Parameter(torch.ones(3))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layer(SlowBackward.apply(inputs))
+
+
+@pytest.mark.parametrize("static_graph", [False, True])
+def test_a_static_graph_does_not_wait_for_what_never_comes(comm: Communicator, static_graph: bool) -> None:
+    """A bucket with a parameter that may still come is launched at the end of the pass, as late as can be."""
+    if comm.size == 1:
+        pytest.skip("needs a second rank")
+    recording = Recording(comm)
+    SlowBackward.recording = recording
+    wrapped: Any = recording
+    ddp = DistributedDataParallel(Idle(), wrapped, static_graph=static_graph)
+    for step in range(3):
+        del recording.events[:], recording.works[:]
+        inputs = torch.randn(4, 5, requires_grad=True)
+        inputs.register_hook(lambda gradient: recording.events.append("gradient of the inputs"))
+        ddp(inputs).sum().backward()
+        early = recording.events.index("launch 0") < recording.events.index("gradient of the inputs")
+        assert early is (static_graph and step > 0)
+
+
 def test_launch_order_does_not_follow_arrival(comm: Communicator) -> None:
     """Ranks whose gradients arrive in different orders launch the same buckets, and get the right sums."""
     ddp = DistributedDataParallel(Layers(), comm, bucket_mb=1e-6, first_bucket_mb=1e-6)

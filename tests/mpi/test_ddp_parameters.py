@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 from typing import Any
 
 import pytest
@@ -137,6 +138,31 @@ def test_a_param_group_added_later(comm: Communicator) -> None:
         assert_same_parameters(ddp.module, serial)
 
 
+def test_a_closure_that_is_called_several_times_a_step(comm: Communicator) -> None:
+    """L-BFGS, told not to stop early, which it would decide by the loss of each rank."""
+    ddp, serial = wrapped(network(), comm), network()
+    parts = [samples(rank) for rank in range(comm.size)]
+    everything = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    optimizers = [
+        torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=5, tolerance_grad=0, tolerance_change=0)
+        for model in (ddp, serial)
+    ]
+    calls = [0, 0]
+
+    def closure(which: int, model: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+        calls[which] += 1
+        optimizers[which].zero_grad()
+        loss = functional.cross_entropy(model(batch[0]), batch[1])
+        loss.backward()
+        return float(loss.detach())
+
+    for _ in range(3):
+        optimizers[0].step(partial(closure, 0, ddp, parts[comm.rank]))
+        optimizers[1].step(partial(closure, 1, serial, everything))
+        assert_same_parameters(ddp.module, serial)
+    assert calls[0] == calls[1] > 3
+
+
 class Mixed(nn.Module):
     """Every dtype and layout that can be trained, an empty parameter, a scalar, a frozen one and one used twice."""
 
@@ -193,69 +219,6 @@ def test_a_gradient_has_the_layout_of_its_parameter(comm: Communicator) -> None:
             parameter = ddp.module.get_parameter(name)
             assert gradient_of(parameter).stride() == parameter.stride(), name
         ddp.zero_grad()
-
-
-class Bags(nn.Module):
-    """Sparse gradients beside dense ones; rows drawn repeatedly."""
-
-    def __init__(self, sparse: bool = True) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.words = nn.Embedding(11, 3, sparse=sparse)
-        self.bags = nn.EmbeddingBag(7, 3, mode="sum", sparse=sparse)
-        self.head = nn.Linear(3, 1)
-        self.double()
-
-    def forward(self, rows: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.words(rows).mean(dim=1) + self.bags(rows % 7))).square().mean()
-
-
-def rows(rank: int, step: int) -> Tensor:
-    return torch.randint(11, (2 + rank, 4), generator=torch.Generator().manual_seed(10 * step + rank))
-
-
-@pytest.mark.parametrize("static_graph", [False, True])
-def test_sparse_gradients(comm: Communicator, static_graph: bool) -> None:
-    """Against dense embeddings; ranks draw different numbers of rows; accumulated, and updated from, in between."""
-    ddp = wrapped(Bags(), comm, static_graph=static_graph)
-    replicas = Replicas(lambda: Bags(sparse=False), comm.size)
-    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1) for model in [ddp.module, *replicas.models]]
-    for step, letter in enumerate("ssnsnns"):
-        if letter == "n":
-            with ddp.no_sync():
-                ddp(rows(comm.rank, step)).backward()
-        else:
-            ddp(rows(comm.rank, step)).backward()
-        replicas.backward(lambda model, rank, step: model(rows(rank, step)), step, letter == "s")
-        assert gradient_of(ddp.module.get_parameter("words.weight")).is_sparse
-        assert_same_gradients(ddp.module, replicas.models[comm.rank])
-        if letter == "s":
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            assert_same_parameters(ddp.module, replicas.models[comm.rank])
-
-
-class MaybeWords(Bags):
-    def forward(self, rows: Tensor, chosen: str = "words bags") -> Tensor:
-        parts = [self.words(rows).mean(dim=1)] if "words" in chosen else []
-        parts += [self.bags(rows % 7)] if "bags" in chosen else []
-        return self.head(torch.tanh(torch.stack(parts).sum(dim=0))).square().mean()
-
-
-def test_sparse_gradients_that_some_or_all_ranks_lack(comm: Communicator) -> None:
-    def run(model: nn.Module, rank: int, step: int) -> Tensor:
-        # The words on one rank alone, in turn; the bags not in steps 0 and 3.
-        chosen = ("words " if step % comm.size == rank else "") + ("bags" if step % 3 else "words")
-        return model(rows(rank, step), chosen)
-
-    ddp, replicas = wrapped(MaybeWords(), comm), Replicas(lambda: MaybeWords(sparse=False), comm.size)
-    for step in range(6):
-        run(ddp, comm.rank, step).backward()
-        replicas.backward(run, step)
-        assert_same_gradients(ddp.module, replicas.models[comm.rank])
-        ddp.zero_grad()
-        replicas.zero_grad()
 
 
 def test_a_copy_of_the_wrapper_trains_on_its_own(comm: Communicator) -> None:

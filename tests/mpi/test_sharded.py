@@ -1,8 +1,8 @@
-"""ShardedOptimizer: the same bits as the optimizer it shards, with a part of its state on every rank."""
+"""ShardedOptimizer: the same bits as the optimizer it shards. Its state is tested in test_sharded_state.py."""
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,95 +15,17 @@ from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.errors import NonFiniteError
 from allreduce_sgd.gradients.sharded import Groups, ShardedOptimizer
 from tests.mpi.replicas import Replicas, assert_same_parameters
-
-Make = Callable[[Groups], optim.Optimizer]
-
-ELEMENTWISE: dict[str, Make] = {
-    "sgd": lambda groups: optim.SGD(groups, lr=0.1),
-    "momentum": lambda groups: optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01, dampening=0.1),
-    "nesterov": lambda groups: optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True),
-    "sgd_foreach": lambda groups: optim.SGD(groups, lr=0.1, momentum=0.9, foreach=True),
-    "adam": lambda groups: optim.Adam(groups, lr=0.01, weight_decay=0.01),
-    "amsgrad": lambda groups: optim.Adam(groups, lr=0.01, amsgrad=True),
-    "adamw": lambda groups: optim.AdamW(groups, lr=0.01),
-    "adamw_foreach": lambda groups: optim.AdamW(groups, lr=0.01, foreach=True),
-    "adagrad": lambda groups: optim.Adagrad(groups, lr=0.1, initial_accumulator_value=0.1),
-    "rmsprop": lambda groups: optim.RMSprop(groups, lr=0.01, momentum=0.5, centered=True),
-    "adadelta": lambda groups: optim.Adadelta(groups),
-    "adamax": lambda groups: optim.Adamax(groups, lr=0.01),
-    "nadam": lambda groups: optim.NAdam(groups, lr=0.01),
-    "radam": lambda groups: optim.RAdam(groups, lr=0.01),
-    "asgd": lambda groups: optim.ASGD(groups, lr=0.01),
-    "rprop": lambda groups: optim.Rprop(groups, lr=0.01),
-}
-
-
-class Model(nn.Module):
-    """Odd sizes, a scalar, an empty and a never used parameter, and a layer that is used in some steps only."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.first, self.second, self.third = nn.Linear(7, 13), nn.Linear(13, 11), nn.Linear(11, 3)
-        self.convolution = nn.Conv2d(3, 5, 3)
-        self.convolution.weight = nn.Parameter(self.convolution.weight.detach().to(memory_format=torch.channels_last))
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        self.empty = nn.Parameter(torch.zeros(0, 2))
-        self.idle = nn.Parameter(torch.ones(17))
-        self.sometimes = nn.Linear(3, 3, bias=False)
-        self.to(dtype)
-
-    def forward(self, inputs: Tensor, sometimes: bool) -> Tensor:
-        hidden = torch.tanh(self.second(torch.tanh(self.first(inputs))))
-        outputs = self.scale * self.third(hidden)
-        if sometimes:
-            outputs = outputs + self.sometimes(outputs)
-        image = hidden.reshape(-1)[: 3 * 3 * 3].reshape(1, 3, 3, 3)
-        return outputs.square().mean() + self.convolution(image).square().mean()
-
-
-def loss_of(model: nn.Module, rank: int, step: int) -> Tensor:
-    inputs = torch.randn(4, 7, generator=torch.Generator().manual_seed(10 * step + rank))
-    return model(inputs.to(next(model.parameters()).dtype), step % 3 == 1)
-
-
-def wrapped(comm: Communicator, bucket_mb: float = 2e-4, **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(Model(), comm, bucket_mb=bucket_mb, first_bucket_mb=bucket_mb, **options)
-
-
-def one_group(module: nn.Module) -> Groups:
-    return [{"params": list(module.parameters())}]
-
-
-def several_groups(module: Any) -> Groups:
-    """Options and orders of their own: the groups cut through buckets, and do not follow the module's order."""
-    return [
-        {"params": [module.third.weight, module.first.weight], "lr": 0.03},
-        {"params": [module.first.bias, module.idle, module.sometimes.weight]},
-        {"params": [module.scale, module.second.weight, module.convolution.weight], "weight_decay": 0.1},
-        {"params": [module.empty, module.third.bias, module.second.bias, module.convolution.bias]},
-    ]
-
-
-def train(
-    model: nn.Module,
-    optimizer: optim.Optimizer,
-    rank: int,
-    steps: range,
-    scheduler: optim.lr_scheduler.LRScheduler | None = None,
-) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, rank, step).backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
-def assert_same_bits(module: nn.Module, expected: nn.Module) -> None:
-    for name, wanted in expected.named_parameters():
-        differing = int((module.get_parameter(name) != wanted).sum())
-        assert differing == 0, f"{name}: {differing} of {wanted.numel()} elements differ"
+from tests.mpi.sharding import (
+    ELEMENTWISE,
+    WHOLE,
+    Model,
+    assert_same_bits,
+    loss_of,
+    one_group,
+    several_groups,
+    train,
+    wrapped,
+)
 
 
 @pytest.mark.parametrize(("groups_of", "bucket_mb"), [(one_group, 25.0), (several_groups, 2e-4)])
@@ -219,102 +141,6 @@ def test_reductions_that_would_have_to_be_added_up_are_refused(comm: Communicato
         optimizer.step()
 
 
-def assert_same_state(given: Any, wanted: Any, where: str = "state") -> None:
-    """Assert that two state_dicts are equal, to the bit."""
-    if isinstance(wanted, dict):
-        assert given.keys() == wanted.keys(), where
-        for key in wanted:
-            assert_same_state(given[key], wanted[key], f"{where}.{key}")
-    elif isinstance(wanted, list):
-        assert len(given) == len(wanted), where
-        for index, value in enumerate(wanted):
-            assert_same_state(given[index], value, f"{where}.{index}")
-    elif isinstance(wanted, Tensor):
-        assert given.dtype is wanted.dtype, where
-        assert torch.equal(given, wanted), where
-    else:
-        assert given == wanted, where
-
-
-@pytest.fixture(scope="module")
-def pair(comm: Communicator) -> Iterator[Communicator]:
-    """Two ranks each, or one."""
-    made = comm.split(comm.rank // 2)
-    yield made
-    made.close()
-
-
-@pytest.mark.parametrize("name", ELEMENTWISE)
-def test_the_state_is_that_of_the_unsharded_one_and_goes_to_any_number_of_ranks(
-    comm: Communicator, pair: Communicator, name: str
-) -> None:
-    make, groups_of = ELEMENTWISE[name], several_groups
-    plain, sharded = wrapped(comm), wrapped(comm)
-    before = make(groups_of(plain.module))
-    train(plain, before, comm.rank, range(3))
-    optimizer = ShardedOptimizer(sharded, make, groups_of(sharded.module))
-    train(sharded, optimizer, comm.rank, range(3))
-    wanted, state = before.state_dict(), optimizer.state_dict()
-    # No rank has a shard of an empty parameter, so there is no state for it.
-    for place, parameter in enumerate(one for group in groups_of(plain.module) for one in group["params"]):
-        if parameter.numel() == 0:
-            wanted["state"].pop(place, None)
-            state["state"].pop(place, None)
-    assert_same_state(state, wanted)
-
-    # Pairs of ranks go on from it, sharded or not, each pair by itself.
-    followers = []
-    for shard in (False, True):
-        ddp = DistributedDataParallel(Model(), pair, bucket_mb=1e-4)
-        ddp.module.load_state_dict(sharded.module.state_dict())
-        follower = ShardedOptimizer(ddp, make, groups_of(ddp.module)) if shard else make(groups_of(ddp.module))
-        # torch's optimizers keep the tensors that they are given.
-        follower.load_state_dict(copy.deepcopy(state))
-        train(ddp, follower, comm.rank, range(3, 5))
-        followers.append(ddp.module)
-    assert_same_bits(followers[1], followers[0])
-
-
-WHOLE: dict[str, Make] = {"adafactor": lambda groups: optim.Adafactor(groups, lr=0.05)}
-if hasattr(optim, "Muon"):
-    WHOLE["muon"] = lambda groups: optim.Muon(groups, lr=0.05)
-
-
-@pytest.mark.parametrize("name", WHOLE)
-def test_optimizers_that_need_whole_parameters(comm: Communicator, name: str) -> None:
-    def matrices(module: Any) -> Groups:
-        return [{"params": [module.first.weight, module.second.weight, module.third.weight]}]
-
-    make = WHOLE[name]
-    plain, sharded = wrapped(comm), wrapped(comm)
-    before = make(matrices(plain.module))
-    after = ShardedOptimizer(sharded, make, matrices(sharded.module))
-    train(plain, before, comm.rank, range(4))
-    train(sharded, after, comm.rank, range(4))
-    assert_same_parameters(sharded.module, plain.module)
-    assert not torch.equal(sharded.module.get_parameter("first.weight"), Model().first.weight)
-    state = after.state_dict()
-    after.load_state_dict(copy.deepcopy(state))
-    before.load_state_dict(copy.deepcopy(state))
-    train(plain, before, comm.rank, range(4, 6))
-    train(sharded, after, comm.rank, range(4, 6))
-    assert_same_parameters(sharded.module, plain.module)
-
-
-@pytest.mark.parametrize("bucket_mb", [0.2, 25.0])
-def test_the_state_of_a_rank_is_its_part(comm: Communicator, bucket_mb: float) -> None:
-    model = nn.Sequential(nn.Linear(300, 401), nn.Linear(401, 300))
-    ddp = DistributedDataParallel(model, comm, bucket_mb=bucket_mb, first_bucket_mb=bucket_mb)
-    optimizer = ShardedOptimizer(ddp, ELEMENTWISE["adam"])
-    ddp(torch.ones(1, 300)).sum().backward()
-    optimizer.step()
-    moments_bytes = 2 * 4 * sum(parameter.numel() for parameter in ddp.parameters())
-    assert optimizer.state_bytes() == pytest.approx(moments_bytes / comm.size, rel=0.01)
-    everyone = comm.all_reduce(torch.tensor([optimizer.state_bytes()])).wait()
-    # A scalar for each of the four parameters counts its steps.
-    assert moments_bytes < int(everyone) <= moments_bytes + 4 * 4 * comm.size
-
-
 @pytest.mark.parametrize("norm_type", [2.0, 1.0, math.inf])
 @pytest.mark.parametrize("max_norm", [0.05, 1e6])
 def test_clipping(comm: Communicator, max_norm: float, norm_type: float) -> None:
@@ -428,6 +254,21 @@ def test_parameters_frozen_later_need_a_new_one(comm: Communicator) -> None:
     train(plain, ELEMENTWISE["adam"]([{"params": trained}]), comm.rank, range(3, 6))
     train(ddp, ShardedOptimizer(ddp, ELEMENTWISE["adam"]), comm.rank, range(3, 6))
     assert_same_bits(ddp.module, plain.module)
+
+
+@pytest.mark.parametrize("names", [("adamw", "adafactor"), ("adafactor", "adamw"), ("sgd", "sgd")])
+def test_a_second_one_replaces_the_first(comm: Communicator, names: tuple[str, str]) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank alone does what the optimizer does")
+    makes = {**ELEMENTWISE, **WHOLE}
+    plain, sharded = wrapped(comm), wrapped(comm)
+    first = ShardedOptimizer(sharded, makes[names[0]])
+    second = ShardedOptimizer(sharded, makes[names[1]])
+    train(plain, makes[names[1]](one_group(plain.module)), comm.rank, range(3))
+    train(sharded, second, comm.rank, range(3))
+    assert_same_parameters(sharded.module, plain.module)
+    with pytest.raises(RuntimeError, match="make a new one"):
+        first.step()
 
 
 def test_a_parameter_group_cannot_be_added(comm: Communicator) -> None:

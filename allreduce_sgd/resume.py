@@ -1,0 +1,81 @@
+"""Going on from a checkpoint: which one, with which configuration, and what will differ from an undisturbed run."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from allreduce_sgd.config import Config, config_from
+from allreduce_sgd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from allreduce_sgd.checkpoint import Checkpoint
+    from allreduce_sgd.comm.base import Communicator
+    from allreduce_sgd.comm.choice import Choice
+
+__all__ = ["differences", "find_checkpoint", "resumed_config", "saved_choice"]
+
+_CHANGEABLE = frozenset(
+    "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
+    "tensorboard trace backend algorithm deterministic verbose timeout-seconds device threads data-dir shard-optimizer "
+    "find-unused-parameters static-graph check-finite check-sync".split()
+)
+_BUCKET_SIZES = frozenset({"bucket-mb", "first-bucket-mb"})
+
+
+def find_checkpoint(config: Config) -> "Checkpoint | None":
+    """Return the checkpoint that --resume names, None without it."""
+    from allreduce_sgd.checkpoint import find
+
+    return None if config.run.resume is None else find(Path(config.run.resume))
+
+
+def resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, Any], same_size: bool) -> Config:
+    """Return the configuration that the checkpoint was trained with, changed by the flags that may change it.
+
+    `saved` is what all ranks share in the checkpoint, `same_size` whether it was written by as many ranks.
+    """
+    before, now = saved["configuration"], config.flat()
+    # What codecs keep belongs to their buckets.
+    changeable = _CHANGEABLE | (_BUCKET_SIZES if before.get("compression", "none") == "none" else frozenset())
+    for name in sorted(explicit - changeable):
+        if before.get(name) != now[name]:
+            has = "its default" if before.get(name) is None else before[name]
+            raise ConfigError(f"--{name} {now[name]}: the run being resumed has {has}; start a new run to change it")
+    values = {**before, "output": None, "trace": None, **{name: now[name] for name in explicit}}
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given in explicit:
+            values[other] = None
+    if not same_size:
+        # So that config.toml, run again on these ranks, is the same training.
+        values["batch-size"], values["global-batch-size"] = None, saved["global_batch_size"]
+    return config_from(values)
+
+
+def saved_choice(saved: dict[str, Any], size: int, explicit: frozenset[str]) -> "Choice | None":
+    """Return the resumed run's table of algorithms, None where this run has to find its own."""
+    from allreduce_sgd.comm.choice import Choice
+
+    table = saved.get("algorithm_table")
+    if table is None or saved["world_size"] != size or explicit & {"algorithm", "deterministic"}:
+        return None
+    try:
+        return Choice.from_lists(table)
+    except ValueError as problem:
+        raise ConfigError(f"--resume: the checkpoint's algorithm_table is damaged: {problem}") from problem
+
+
+def differences(saved: dict[str, Any], config: Config, comm: "Communicator") -> str:
+    """Say what keeps a resumed run from being bit-identical to an undisturbed one."""
+    import torch
+
+    present = {"ranks": comm.size, "threads": torch.get_num_threads(), "backend": comm.backend}
+    sizes = () if config.communication.deterministic else sorted(_BUCKET_SIZES)
+    present |= {name: config.flat()[name] for name in sizes}
+    before = {"ranks": saved["world_size"], "threads": saved["threads"], "backend": saved["backend"]}
+    before |= {name: saved["configuration"][name] for name in sizes}
+    changes = [f"{name} {before[name]} -> {now}" for name, now in present.items() if before[name] != now]
+    if saved.get("algorithm_table") != comm.algorithm_table:
+        changes.append("another table of algorithms")
+    told = f" (sums will round differently: {', '.join(changes)})" if changes else ""
+    if config.compression.compression != "none" and saved["world_size"] != comm.size:
+        told += " (what compression had left to send is lost: it belonged to other ranks)"
+    return told
