@@ -33,6 +33,9 @@ class ReduceOp(enum.Enum):
     MAX = "max"
     PRODUCT = "product"
 
+    # Enum's own is written in Python, and members are looked up in tables for every operation.
+    __hash__ = object.__hash__
+
 
 AlgorithmTable = list[list[list[int | str | None]]]
 """See comm/choice.py."""

@@ -5,7 +5,8 @@ A strict executor ends every step before it begins the next, and the network sta
 same elements, so that one segment is on its way while the one before is being added, and receives are posted before
 their messages come. Elements are combined in the schedule's order, whatever arrives first.
 
-Messages between two ranks carry their number as the tag, since sends may start out of order.
+Messages between two ranks carry their number in the tag, since sends may start out of order, and what stands for the
+operation, so that ranks that run different ones never take each other's messages (`ledger.py`).
 """
 
 from collections import Counter, deque
@@ -21,10 +22,15 @@ from allreduce_sgd.comm.progress import Program
 from allreduce_sgd.comm.reduction import combine
 from allreduce_sgd.schedules.step import Step
 
-__all__ = ["Execution", "Scratch"]
+__all__ = ["Execution", "Scratch", "first_tag"]
 
-# MPI guarantees tags up to 32767.
-_TAGS = 32768
+# Of the messages between two ranks fewer than these are under way at once (`look_ahead`).
+_TAGS = 64
+
+
+def first_tag(stamp: int, largest_tag: int) -> int:
+    """Return where the tags of the operation with this stamp begin; they all end below `largest_tag`."""
+    return stamp % (largest_tag // _TAGS) * _TAGS
 
 
 class Scratch:
@@ -49,10 +55,10 @@ class Scratch:
 class _Message:
     """One half of a step: a send or a receive, not posted yet, under way, or done."""
 
-    def __init__(self, peer: int, piece: slice, numbers: Counter[int]) -> None:
+    def __init__(self, peer: int, piece: slice, first_tag: int, numbers: Counter[int]) -> None:
         self.peer = peer
         self.piece = piece
-        self.tag = numbers[peer] % _TAGS
+        self.tag = first_tag + numbers[peer] % _TAGS
         self.request: Any = None
         self.done = False
         self.scratch: Tensor | None = None
@@ -85,11 +91,18 @@ class Execution:
 
     The tensor lies in memory that MPI takes, and `scratch` in the same: on the CPU, or on a GPU if MPI is CUDA-aware.
     `op` combines what arrives in steps that reduce (AVERAGE adds); None where there are none. `count` is told the bytes
-    of every message as it is handed to MPI. All ranks of `comm` must run the same schedule on as many elements.
+    of every message as it is handed to MPI. All ranks of `comm` must run the same schedule on as many elements, with
+    the same `first_tag`.
     """
 
     def __init__(
-        self, flat: Tensor, op: ReduceOp | None, comm: Any, scratch: Scratch, count: Callable[[int], None]
+        self,
+        flat: Tensor,
+        op: ReduceOp | None,
+        comm: Any,
+        scratch: Scratch,
+        count: Callable[[int], None],
+        first_tag: int = 0,
     ) -> None:
         self._flat = flat
         self._address = flat.data_ptr()
@@ -98,6 +111,7 @@ class Execution:
         self._comm = comm
         self._scratch = scratch
         self._count = count
+        self._first_tag = first_tag
         self._going: deque[_Going] = deque()
         self._sent: Counter[int] = Counter()
         self._received: Counter[int] = Counter()
@@ -135,9 +149,9 @@ class Execution:
     def _admit(self, step: Step) -> _Going:
         send = receive = None
         if step.send_to is not None and step.send.start < step.send.stop:
-            send = _Message(step.send_to, step.send, self._sent)
+            send = _Message(step.send_to, step.send, self._first_tag, self._sent)
         if step.recv_from is not None and step.recv.start < step.recv.stop:
-            receive = _Message(step.recv_from, step.recv, self._received)
+            receive = _Message(step.recv_from, step.recv, self._first_tag, self._received)
         return _Going(send, receive, step.reduce)
 
     def _advance(self, step: _Going, earlier: list[_Message | None]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mpi4py import MPI
 
-from allreduce_sgd.comm.node import NOTE_BYTES, SLOTS
+from allreduce_sgd.comm.node import SLOTS
 from allreduce_sgd.comm.shared_memory import SharedMemory
 from allreduce_sgd.errors import MemoryNotSharedError
 
@@ -46,7 +46,7 @@ class Layout:
         self.memory: SharedMemory | None = None
         # Without it collectives are slower and otherwise the same; who asked for it by name is told by the choice.
         with contextlib.suppress(MemoryNotSharedError):
-            self.memory = SharedMemory(self._local, lock, timeout_seconds, spin, NOTE_BYTES, slot_bytes, SLOTS)
+            self.memory = SharedMemory(self._local, lock, timeout_seconds, spin, slot_bytes, SLOTS)
         with lock:
             if not all(comm.allgather(self.memory is not None)):
                 self.memory = None

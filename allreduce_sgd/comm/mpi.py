@@ -7,7 +7,10 @@ calls MPI, under the topology's lock.
 
 How an all-reduce of a certain size is done says a table (`choice.py`): through shared memory inside the node and a
 schedule between nodes (`node.py`), by a schedule over all ranks (`execute.py`), or by MPI's own all-reduce, for small
-messages of dtypes that MPI knows.
+messages of dtypes that MPI knows (`library.py`).
+
+Every collective has a number and a stamp (`ledger.py`) that keep different ones apart, and ranks that differ are named
+(`desync.py`).
 
 A tensor on a GPU is staged through pinned host memory in segments (`staging.py`), unless MPI is CUDA-aware: then it is
 handed the device's memory, and schedules over all ranks do the reduction there.
@@ -16,7 +19,7 @@ handed the device's memory, and schedules over all ranks do the reduction there.
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from mpi4py import MPI
@@ -24,33 +27,24 @@ from torch import Tensor
 
 from allreduce_sgd.comm.base import AlgorithmTable, FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
 from allreduce_sgd.comm.choice import LIBRARY, SHARED_MEMORY, TWO_LEVEL, Choice, Entry
-from allreduce_sgd.comm.execute import Execution, Scratch
+from allreduce_sgd.comm.desync import Watch
+from allreduce_sgd.comm.execute import Execution, Scratch, first_tag
 from allreduce_sgd.comm.layout import Layout
+from allreduce_sgd.comm.ledger import Ledger
+from allreduce_sgd.comm.library import library_all_reduce, library_can
+from allreduce_sgd.comm.messages import receive, send
 from allreduce_sgd.comm.node import NodeAllReduce
 from allreduce_sgd.comm.progress import Channel, Operation, Program, ProgressEngine
 from allreduce_sgd.comm.reduction import accumulator_dtype, finish
-from allreduce_sgd.comm.staging import CudaCopier, mpi_takes_device_memory, staged
+from allreduce_sgd.comm.staging import CudaCopier, mpi_takes_device_memory, settle, staged
 from allreduce_sgd.errors import CommunicationError
 from allreduce_sgd.schedules import ring, tree
 from allreduce_sgd.schedules.catalogue import ALL_REDUCE
+from allreduce_sgd.schedules.recursive_doubling import recursive_doubling
 from allreduce_sgd.schedules.step import Schedule, Step
 
 __all__ = ["MpiCommunicator"]
 
-_LIBRARY_TYPES = {
-    torch.float64: MPI.DOUBLE,
-    torch.float32: MPI.FLOAT,
-    torch.int64: MPI.INT64_T,
-    torch.int32: MPI.INT32_T,
-    torch.uint8: MPI.UINT8_T,
-}
-_LIBRARY_OPS = {
-    ReduceOp.SUM: MPI.SUM,
-    ReduceOp.AVERAGE: MPI.SUM,
-    ReduceOp.MIN: MPI.MIN,
-    ReduceOp.MAX: MPI.MAX,
-    ReduceOp.PRODUCT: MPI.PROD,
-}
 CPU = torch.device("cpu")
 _STAGING_BYTES = 4 * 2**20
 # Two steps, so that receives are posted before their messages come; more where a step is only a segment.
@@ -91,14 +85,22 @@ class MpiCommunicator:
         self.size: int = self._comm.Get_size()
         self.layout = Layout(self._comm, engine.lock, timeout_seconds, not engine.oversubscribed, node_color)
         self.choice = choice(self.layout)
-        self._channel: Channel | None = engine.open_channel(None if self.layout.nodes == 1 else self._comm.Iprobe)
+        self._ledger = Ledger()
+        self._largest_tag = cast(int, MPI.COMM_WORLD.Get_attr(MPI.TAG_UB))
+        self._watch = Watch(self._comm, self._largest_tag, self._ledger, timeout_seconds)
+        self._channel: Channel | None = engine.open_channel(
+            None if self.layout.nodes == 1 else self._comm.Iprobe, None if self.size == 1 else self._watch
+        )
         self._scratch = {CPU: Scratch(CPU)}
+        self._nothing = torch.empty(0)
         self._copiers: dict[torch.device, CudaCopier] = {}
         self._device_memory = mpi_takes_device_memory()
         self._node: NodeAllReduce | None = None
         if self.layout.memory is not None:
             between = None if self.layout.nodes == 1 else self._between
-            self._node = NodeAllReduce(self.layout.memory, between, self.layout.lanes, self.size, self._count)
+            self._node = NodeAllReduce(
+                self.layout.memory, between, self.layout.lanes, self.size, self._count, self._watch.inquire
+            )
 
     @property
     def algorithm(self) -> str:
@@ -117,11 +119,13 @@ class MpiCommunicator:
     def allocate(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         if device.type != "cpu" or self.layout.memory is None:
             return torch.zeros(numel, dtype=dtype, device=device)
+        self._meet("allocate", numel, dtype).wait()
         return self.layout.memory.allocate(numel, dtype)
 
     def allocate_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
         if device.type != "cpu" or self.layout.memory is None or self.layout.nodes > 1:
             return None
+        self._meet("allocate_shared", numel, dtype).wait()
         return self.layout.memory.allocate_shared(numel, dtype)
 
     def all_reduce(
@@ -131,18 +135,20 @@ class MpiCommunicator:
         buffer = check_buffer(buffer, "all_reduce")
         check_reduction(buffer, op, "all_reduce")
         entry = self.choice.for_message(buffer.nbytes)
-        if entry.algorithm == LIBRARY and not _library_can(buffer, op):
+        if entry.algorithm == LIBRARY and not library_can(buffer, op):
             entry = Entry(None, "recursive-doubling" if self._node is None else TWO_LEVEL)
         if buffer.is_cuda and self._device_memory and entry.algorithm in (SHARED_MEMORY, TWO_LEVEL):
             entry = self.choice.for_between(buffer.nbytes)
+        how = entry.algorithm
         if entry.algorithm == LIBRARY:
             program = partial(self._library, op=op)
         elif entry.algorithm in (SHARED_MEMORY, TWO_LEVEL):
             assert self._node is not None
             program = partial(self._node.all_reduce, op=op, shared_result=shared_result)
+            how = f"{how}, one result" if shared_result else how
         else:
             program = partial(self._flat, schedule=_schedule(entry, buffer), op=op, look_ahead=_depth(entry))
-        return self._collective("all_reduce", buffer, program, blocking, _STAGING_BYTES)
+        return self._collective("all_reduce", buffer, program, op, how, blocking, _STAGING_BYTES)
 
     def run(self, buffer: Tensor, schedule: Schedule, op: ReduceOp | None = None, *, blocking: bool = False) -> Work:
         """Run a schedule of one's own over all ranks, on the flat buffer, in place. All ranks must call.
@@ -150,7 +156,7 @@ class MpiCommunicator:
         `op` combines what arrives in steps that reduce; AVERAGE divides by the number of ranks at the end.
         """
         buffer = check_buffer(buffer, "run")
-        return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), blocking)
+        return self._collective("schedule", buffer, partial(self._flat, schedule=schedule, op=op), op, None, blocking)
 
     def reduce_scatter(self, buffer: Tensor, op: ReduceOp = ReduceOp.SUM) -> Work:
         self._open_channel()
@@ -165,7 +171,7 @@ class MpiCommunicator:
             program = partial(self._flat, schedule=_schedule(entry, buffer), op=op, look_ahead=_depth(entry))
         else:
             program = partial(self._flat, schedule=ring.reduce_scatter, op=op)
-        return self._collective("reduce_scatter", buffer, program)
+        return self._collective("reduce_scatter", buffer, program, op)
 
     def all_gather(self, buffer: Tensor) -> Work:
         buffer = check_buffer(buffer, "all_gather")
@@ -185,27 +191,27 @@ class MpiCommunicator:
                 yield step._replace(send_to=send_to, recv_from=recv_from)
 
         program = partial(self._flat, schedule=from_root, op=None)
-        return self._collective("broadcast", buffer, program, staging_bytes=_STAGING_BYTES)
+        return self._collective("broadcast", buffer, program, None, f"from rank {root}", staging_bytes=_STAGING_BYTES)
 
     def barrier(self) -> Work:
-        return self._start(lambda: "barrier", torch.empty(0), self._barrier(), self._open_channel())
+        return self._meet("barrier")
 
     def send(self, buffer: Tensor, to: int, tag: int = 0) -> Work:
         self._check_peer(to, "send: to")
         host = check_buffer(buffer, "send").to(CPU)
-        return self._start(lambda: f"send to rank {to} (tag {tag})", host, self._send(host, to, tag), None)
+        program = send(host, to, tag, self._messages, self._count)
+        return self._start(lambda: f"send to rank {to} (tag {tag})", host, program, None)
 
     def receive(self, buffer: Tensor, source: int | None = None, tag: int = 0) -> Work:
         if source is not None:
             self._check_peer(source, "receive: source")
         data = check_buffer(buffer, "receive")
         name = f"receive from {'any rank' if source is None else f'rank {source}'} (tag {tag})"
-        receive = self._receive if data.device == CPU else self._receive_staged
-        return self._start(lambda: name, data, receive(data, source, tag), None)
+        return self._start(lambda: name, data, receive(data, source, tag, self._messages), None)
 
     def split(self, color: int, key: int = 0) -> "MpiCommunicator":
         # Peers may need steps of ours that are still queued, and a thread inside MPI_Comm_split takes none.
-        self.barrier().wait()
+        self._meet("split").wait()
         with self._engine.lock:
             part = self._comm.Split(color, key)
         try:
@@ -222,14 +228,28 @@ class MpiCommunicator:
     def close(self) -> None:
         if self._channel is None:
             return
-        self.barrier().wait()
+        self._meet("close").wait()
         self._engine.close_channel(self._channel)
+        self._start(lambda: "close", self._nothing, self._watch.drain(), None).wait()
         self._channel = None
         self._node = None
         self.layout.close()
         with self._engine.lock:
             self._comm.Free()
             self._messages.Free()
+
+    def abandon(self) -> None:
+        """Let go of it without the other ranks, who need not call: after a failure, when they cannot come to `close`.
+
+        MPI keeps what belongs to the communicator, and what has not ended keeps its memory, until the process ends.
+        """
+        if self._channel is None:
+            return
+        self._engine.close_channel(self._channel)
+        with self._engine.lock:
+            self._channel.fail(CommunicationError("the communicator was abandoned"))
+        self._channel = None
+        self._node = None
 
     def _open_channel(self) -> Channel:
         if self._channel is None:
@@ -244,139 +264,124 @@ class MpiCommunicator:
         self,
         operation: str,
         data: Tensor,
-        program: Callable[[Tensor], tuple[Tensor, Program]],
+        program: Callable[[Tensor, int], tuple[Tensor, Program]],
+        op: ReduceOp | None = None,
+        how: str | None = None,
         blocking: bool = False,
         staging_bytes: int | None = None,
     ) -> Work:
-        """Start the program that `program` makes for the flat data, together with where its result will be.
+        """Start the program that `program` makes for the flat data and the stamp, and where its result will be.
 
-        `staging_bytes` is the length of the segments in which a tensor on a GPU may be staged; None: only as a whole.
+        `op` and `how` it is done must be the same on all ranks, as the operation and the kind of data. `staging_bytes`
+        is the length of the segments in which a tensor on a GPU may be staged; None: only as a whole.
         """
         channel = self._open_channel()
-        if self.size == 1 or data.numel() == 0:
+        if self.size == 1:
+            return FinishedWork(data)
+        numel = data.numel()
+        stamp = self._ledger.launch((operation, numel, data.dtype, op, how))
+        number = self._ledger.launched
+        if numel == 0:
             return FinishedWork(data)
         result = data
-        if data.device != CPU and not self._device_memory:
-            steps = self._staged(data, program, staging_bytes)
+        if not data.is_cpu and not self._device_memory:
+            steps = self._staged(data, program, stamp, staging_bytes)
         else:
-            _settle(data)
-            flat, steps = program(data.view(-1))
-            if flat.data_ptr() != data.data_ptr():
-                result = flat.view(data.shape)
+            settle(data)
+            flat = data if data.dim() == 1 else data.view(-1)
+            total, steps = program(flat, stamp)
+            if total is not flat:
+                result = total.view(data.shape)
 
         def name() -> str:
             dtype = str(data.dtype).removeprefix("torch.")
-            return f"{operation} of {data.numel()} {dtype} (rank {self.rank} of {self.size})"
+            return f"{operation} of {numel} {dtype} (no. {number}, rank {self.rank} of {self.size})"
 
-        return self._start(name, result, steps, channel, blocking)
+        return self._start(name, result, steps, channel, blocking, number)
+
+    def _meet(self, operation: str, numel: int = 0, dtype: torch.dtype | None = None) -> Work:
+        """A barrier of all ranks who say the same."""
+        channel = self._open_channel()
+        if self.size == 1:
+            return FinishedWork(self._nothing)
+        stamp = self._ledger.launch((operation, numel, dtype, None, None))
+        number = self._ledger.launched
+        if self._node is not None and self.layout.nodes == 1:
+            program = self._node.barrier(stamp)
+        else:
+            program = self._run(torch.zeros(1, dtype=torch.uint8), stamp, recursive_doubling, ReduceOp.MAX, 1)
+
+        def name() -> str:
+            return f"{operation} (no. {number}, rank {self.rank} of {self.size})"
+
+        return self._start(name, self._nothing, program, channel, number=number)
 
     def _staged(
-        self, data: Tensor, program: Callable[[Tensor], tuple[Tensor, Program]], staging_bytes: int | None
+        self,
+        data: Tensor,
+        program: Callable[[Tensor, int], tuple[Tensor, Program]],
+        stamp: int,
+        staging_bytes: int | None,
     ) -> Program:
         if data.device not in self._copiers:
             self._copiers[data.device] = CudaCopier(data.device)
         copier = self._copiers[data.device]
         host = copier.host_memory(data.numel(), data.dtype)
         segment = data.numel() if staging_bytes is None else max(1, staging_bytes // data.element_size())
-        return staged(data, host, segment, lambda piece: program(piece)[1], copier)
+        return staged(data, host, segment, lambda piece: program(piece, stamp)[1], copier)
 
     def _start(
-        self, name: Callable[[], str], buffer: Tensor, program: Program, channel: Channel | None, blocking: bool = False
+        self,
+        name: Callable[[], str],
+        buffer: Tensor,
+        program: Program,
+        channel: Channel | None,
+        blocking: bool = False,
+        number: int = 0,
     ) -> Operation:
         self._open_channel()
-        operation = Operation(self._engine, program, buffer, name, self.timeout_seconds, self.traffic)
+        watch = None if channel is None else self._watch
+        operation = Operation(self._engine, program, buffer, name, self.timeout_seconds, self.traffic, number, watch)
         self._engine.submit(operation, channel, blocking)
         if blocking:
             operation.wait()
         return operation
 
     def _flat(
-        self, flat: Tensor, schedule: Schedule, op: ReduceOp | None, look_ahead: int = _LOOK_AHEAD
+        self, flat: Tensor, stamp: int, schedule: Schedule, op: ReduceOp | None, look_ahead: int = _LOOK_AHEAD
     ) -> tuple[Tensor, Program]:
-        return flat, self._run(flat, schedule, op, look_ahead)
+        return flat, self._run(flat, stamp, schedule, op, look_ahead)
 
-    def _run(self, flat: Tensor, schedule: Schedule, op: ReduceOp | None, look_ahead: int) -> Program:
+    def _run(self, flat: Tensor, stamp: int, schedule: Schedule, op: ReduceOp | None, look_ahead: int) -> Program:
         """Run a schedule over all ranks, narrow floats in float32 where they are added up."""
         wide = flat if op is None else flat.to(accumulator_dtype(flat.dtype, op))
-        _settle(wide)
+        settle(wide)
         steps = schedule(self.rank, self.size, flat.numel())
         scratch = self._scratch.setdefault(flat.device, Scratch(flat.device))
         longest = None if self.layout.nodes == 1 else _LONGEST_BYTES_BETWEEN
         look_ahead = look_ahead if longest is None else _LOOK_AHEAD_SEGMENTS
-        yield from Execution(wide, op, self._comm, scratch, self._count).run(steps, look_ahead, longest)
+        tag = first_tag(stamp, self._largest_tag)
+        yield from Execution(wide, op, self._comm, scratch, self._count, tag).run(steps, look_ahead, longest)
         if op is not None:
             finish(op, wide, self.size)
         if wide is not flat:
             flat.copy_(wide)
-        _settle(flat)
+        settle(flat)
 
-    def _between(self, flat: Tensor, op: ReduceOp) -> Program:
+    def _between(self, flat: Tensor, op: ReduceOp, stamp: int) -> Program:
         """Combine a lane's chunk over the nodes."""
         entry = self.choice.for_between(flat.nbytes)
         steps = _schedule(entry, flat)(self.layout.node, self.layout.nodes, flat.numel())
-        execution = Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count)
+        tag = first_tag(stamp, self._largest_tag)
+        execution = Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count, tag)
         yield from execution.run(steps, _LOOK_AHEAD_SEGMENTS, _LONGEST_BYTES_BETWEEN)
 
-    def _library(self, flat: Tensor, op: ReduceOp) -> tuple[Tensor, Program]:
-        return flat, self._run_library(flat, op)
-
-    def _run_library(self, flat: Tensor, op: ReduceOp) -> Program:
-        """MPI's own all-reduce. It does not show what it sends: what is handed to it counts."""
-        block = MPI.buffer.fromaddress(flat.data_ptr(), flat.nbytes)
-        self._count(flat.nbytes)
-        request = self._comm.Iallreduce(MPI.IN_PLACE, [block, _LIBRARY_TYPES[flat.dtype]], _LIBRARY_OPS[op])
-        while not request.Test():
-            yield False
-        finish(op, flat, self.size)
-        _settle(flat)
-
-    def _barrier(self) -> Program:
-        if self.layout.memory is not None and self.layout.nodes == 1:
-            yield from self.layout.memory.barrier.pass_through()
-            return
-        request = self._comm.Ibarrier()
-        while not request.Test():
-            yield False
-
-    def _send(self, data: Tensor, to: int, tag: int) -> Program:
-        block = MPI.buffer.fromaddress(data.data_ptr(), data.nbytes)
-        request = self._messages.Isend([block, MPI.BYTE], to, tag)
-        self._count(data.nbytes)
-        while not request.Test():
-            yield False
-
-    def _receive(self, data: Tensor, source: int | None, tag: int) -> Program:
-        block = MPI.buffer.fromaddress(data.data_ptr(), data.nbytes)
-        status = MPI.Status()
-        request = self._messages.Irecv([block, MPI.BYTE], MPI.ANY_SOURCE if source is None else source, tag)
-        while not request.Test(status):
-            yield False
-        arrived = status.Get_count(MPI.BYTE)
-        if arrived != data.nbytes:
-            raise CommunicationError(f"rank {status.Get_source()} sent {arrived} bytes, {data.nbytes} were expected")
-
-    def _receive_staged(self, data: Tensor, source: int | None, tag: int) -> Program:
-        host = torch.empty_like(data, device=CPU)
-        yield from self._receive(host, source, tag)
-        data.copy_(host)
+    def _library(self, flat: Tensor, stamp: int, op: ReduceOp) -> tuple[Tensor, Program]:
+        return flat, library_all_reduce(flat, stamp, op, self._comm, self._node, self._count, self._watch.inquire)
 
     def _count(self, sent_bytes: int) -> None:
         assert self.traffic.bytes_sent is not None
         self.traffic.bytes_sent += sent_bytes
-
-
-def _settle(data: Tensor) -> None:
-    """Wait until a GPU has done what this thread asked of it: MPI, and other threads, know nothing of its streams."""
-    if data.is_cuda:
-        torch.cuda.current_stream(data.device).synchronize()
-
-
-def _library_can(buffer: Tensor, op: ReduceOp) -> bool:
-    """Say whether MPI's own all-reduce knows the dtype and gives the same result on all ranks.
-
-    Minima and maxima of floats it compares in an order that depends on the rank: where one is NaN, results differ.
-    """
-    return buffer.dtype in _LIBRARY_TYPES and not (buffer.is_floating_point() and op in (ReduceOp.MIN, ReduceOp.MAX))
 
 
 def _schedule(entry: Entry, data: Tensor) -> Schedule:

@@ -23,32 +23,33 @@ import torch
 from torch import Tensor
 
 from allreduce_sgd.comm.base import ReduceOp
+from allreduce_sgd.comm.ledger import NUMBER_SHIFT
 from allreduce_sgd.comm.progress import Program, Sleeper
 from allreduce_sgd.comm.reduction import accumulator_dtype, finish, reduce_into
-from allreduce_sgd.comm.shared_memory import SharedMemory, Views
-from allreduce_sgd.errors import CommunicationError
+from allreduce_sgd.comm.shared_memory import NOTE_NUMBERS, SharedMemory, Views
+from allreduce_sgd.errors import MismatchError
 from allreduce_sgd.schedules.step import chunk
 
-__all__ = ["NOTE_BYTES", "SLOTS", "NodeAllReduce"]
+__all__ = ["SLOTS", "NodeAllReduce"]
 
-Between = Callable[[Tensor, ReduceOp], Program]
-"""Combines a flat tensor with the other nodes' ranks of this lane, in place; AVERAGE adds without dividing."""
+Between = Callable[[Tensor, ReduceOp, int], Program]
+"""Combines a flat tensor with the other nodes' ranks of this lane, in place, for the operation with this stamp; AVERAGE
+adds without dividing."""
 
-NOTE_BYTES = 128
 # Two for pieces, by turns, and two for small tensors, so that one operation need not wait for the readers of the last.
 SLOTS = 4
 # Up to here one barrier and every rank adding everything beats two barriers and every rank adding its chunk; of what
 # would have to be copied into slots in any case, all ranks' data together count.
 _SMALL_BYTES = 32 * 1024
 _SMALL_PRIVATE_BYTES = 512 * 1024
-_NOTES_KEPT = 4096
 
 
 class NodeAllReduce:
     """Programs that all-reduce over the ranks of a node, and over `nodes` nodes with `between`.
 
     `lanes` is the smallest number of ranks on any node; `size` the number of ranks of all nodes. `count` is told the
-    bytes that this rank reads from or writes to a peer's memory.
+    bytes that this rank reads from or writes to a peer's memory. `inquire` finds out, where ranks came with operations
+    of different stamps, what each has, and raises that or the error it is given.
     """
 
     def __init__(
@@ -58,37 +59,63 @@ class NodeAllReduce:
         lanes: int,
         size: int,
         count: Callable[[int], None],
+        inquire: Callable[[Exception], Program],
     ) -> None:
         self._memory = memory
         self._between = between
         self._lanes = lanes
         self._size = size
         self._count = count
+        self._inquire = inquire
         self._parity = 0
-        self._notes: dict[tuple[str, int, torch.dtype, ReduceOp, int | None], bytes] = {}
+        # What a rank brings to a barrier, two numbers: its operation's stamp (`ledger.py`), and where its data lie in
+        # the shared memory. By turns in two places, so that a rank ahead does not overwrite what others still read.
+        starts = range(0, memory.local_size * NOTE_NUMBERS, NOTE_NUMBERS)
+        self._own_notes = [starts[memory.local_rank] + half for half in (0, NOTE_NUMBERS // 2)]
+        peers = [start for rank, start in enumerate(starts) if rank != memory.local_rank]
+        self._peers_notes = [[start + half for start in peers] for half in (0, NOTE_NUMBERS // 2)]
 
-    def all_reduce(self, data: Tensor, op: ReduceOp, shared_result: bool) -> tuple[Tensor, Program]:
+    def all_reduce(self, data: Tensor, stamp: int, op: ReduceOp, shared_result: bool) -> tuple[Tensor, Program]:
         """Return where the result of reducing the flat tensor will be, and the program that makes it."""
         views = self._memory.find(data)
         small_bytes = _SMALL_BYTES if views is not None else _SMALL_PRIVATE_BYTES // self._memory.local_size
         if self._between is None and data.nbytes <= small_bytes:
-            return data, self._reduce_small(data, op, shared_result)
+            return data, self._reduce_small(data, stamp, op)
         result = views.result if shared_result and views is not None else data
-        return result, self._reduce(data, views, op, shared_result)
+        return result, self._reduce(data, views, stamp, op, shared_result)
 
-    def reduce_scatter(self, data: Tensor, op: ReduceOp) -> tuple[Tensor, Program]:
+    def reduce_scatter(self, data: Tensor, stamp: int, op: ReduceOp) -> tuple[Tensor, Program]:
         """Return the flat tensor and the program that makes this rank's chunk of it the reduction.
 
         On one node, from the window, that is half of an all-reduce; otherwise it is a whole one.
         """
-        return data, self._reduce_scatter(data, self._memory.find(data), op)
+        return data, self._reduce_scatter(data, self._memory.find(data), stamp, op)
 
-    def all_gather(self, data: Tensor) -> tuple[Tensor, Program]:
+    def all_gather(self, data: Tensor, stamp: int) -> tuple[Tensor, Program]:
         """Return the flat tensor and the program that fills it with all ranks' chunks. On one node only."""
-        return data, self._all_gather(data, self._memory.find(data))
+        return data, self._all_gather(data, self._memory.find(data), stamp)
 
-    def _all_gather(self, data: Tensor, views: Views | None) -> Program:
-        counterparts = yield from self._meet("all-gather", data, views, ReduceOp.SUM)
+    def barrier(self, stamp: int) -> Program:
+        """Return the program that ends when all ranks of the node run it."""
+        return self._meet(stamp, None)
+
+    def agree(self, stamp: int) -> bool:
+        """Leave a note, and say whether it contradicts none that a rank of the node left before.
+
+        It waits for nobody, and is for operations that wait for all ranks by themselves. Where two ranks come at the
+        very same time both may miss it.
+        """
+        self._parity = parity = self._parity ^ 1
+        notes, number = self._memory.notes, stamp >> NUMBER_SHIFT
+        notes[self._own_notes[parity]] = stamp
+        for place in self._peers_notes[parity]:
+            other = notes[place]
+            if other != stamp and other >> NUMBER_SHIFT == number:
+                return False
+        return True
+
+    def _all_gather(self, data: Tensor, views: Views | None, stamp: int) -> Program:
+        counterparts = yield from self._meet(stamp, views)
         memory, length = self._memory, data.numel()
         own = chunk(length, memory.local_size, memory.local_rank)
         if counterparts and views is not None:
@@ -111,61 +138,58 @@ class NodeAllReduce:
                 yield from memory.barrier.pass_through()
         self._count(data.nbytes - data[own].nbytes)
 
-    def _reduce_scatter(self, data: Tensor, views: Views | None, op: ReduceOp) -> Program:
-        counterparts = yield from self._meet("reduce-scatter", data, views, op)
+    def _reduce_scatter(self, data: Tensor, views: Views | None, stamp: int, op: ReduceOp) -> Program:
+        counterparts = yield from self._meet(stamp, views)
         if counterparts and views is not None:
             own = None if self._between is None else views.buffers
-            yield from self._reduce_chunk(views, own or [views.buffers[self._memory.local_rank]], op)
+            yield from self._reduce_chunk(views, own or [views.buffers[self._memory.local_rank]], stamp, op)
             yield from self._memory.barrier.pass_through()
         else:
-            yield from self._reduce_staged(data, op)
+            yield from self._reduce_staged(data, stamp, op)
 
-    def _reduce(self, data: Tensor, views: Views | None, op: ReduceOp, shared_result: bool) -> Program:
-        counterparts = yield from self._meet(_what(shared_result), data, views, op)
+    def _reduce(self, data: Tensor, views: Views | None, stamp: int, op: ReduceOp, shared_result: bool) -> Program:
+        counterparts = yield from self._meet(stamp, views)
         if counterparts and views is not None:
-            yield from self._reduce_chunk(views, None if shared_result else views.buffers, op)
+            yield from self._reduce_chunk(views, None if shared_result else views.buffers, stamp, op)
             yield from self._memory.barrier.pass_through()
         else:
-            yield from self._reduce_staged(data, op)
+            yield from self._reduce_staged(data, stamp, op)
             if shared_result and views is not None:
                 views.result.copy_(data)
 
-    def _reduce_small(self, data: Tensor, op: ReduceOp, shared_result: bool) -> Program:
+    def _reduce_small(self, data: Tensor, stamp: int, op: ReduceOp) -> Program:
         """Add all ranks' data on every rank: one barrier."""
         # By turns with the operation before, whose slots others may still be reading; `_meet` makes the next turn.
         slots = self._memory.staging(2 + (self._parity ^ 1), data.numel(), data.dtype)
         slots.buffers[self._memory.local_rank].copy_(data)
-        if (yield from self._meet(_what(shared_result), data, None, op)):
+        if (yield from self._meet(stamp, None)):
             self._count_peers(data)
             reduce_into([data], slots.buffers, op, self._size)
         else:
             # Some rank's data lie in the window, and are not small there.
-            yield from self._reduce_staged(data, op)
+            yield from self._reduce_staged(data, stamp, op)
 
-    def _meet(self, what: str, data: Tensor, views: Views | None, op: ReduceOp) -> Generator[Sleeper, None, bool]:
+    def _meet(self, stamp: int, views: Views | None) -> Generator[bool | Sleeper, None, bool]:
         """Pass the first barrier; say whether all ranks brought counterparts of the same allocation.
 
-        Raises CommunicationError where they brought different things.
+        Raises MismatchError where they came with different operations.
         """
-        self._parity ^= 1
-        key = (what, data.numel(), data.dtype, op, None if views is None else views.place)
-        note = self._notes.get(key)
-        if note is None:
-            if len(self._notes) >= _NOTES_KEPT:
-                self._notes.clear()
-            note = self._notes[key] = _note(*key)
-        self._memory.post_note(self._parity, note)
+        self._parity = parity = self._parity ^ 1
+        notes, own = self._memory.notes, self._own_notes[parity]
+        where = 0 if views is None else views.place + 1
+        notes[own] = stamp
+        notes[own + 1] = where
         yield from self._memory.barrier.pass_through()
-        notes = self._memory.notes(self._parity, NOTE_BYTES)
-        if notes.count(note) == len(notes):
-            return True
-        calls = [other.decode().split("|")[0] for other in notes]
-        if len(set(calls)) > 1:
-            seen = "; ".join(f"local rank {rank}: {call}" for rank, call in enumerate(calls))
-            raise CommunicationError(f"the ranks of this node reduce different things ({seen})")
-        return False
+        counterparts = True
+        for place in self._peers_notes[parity]:
+            if notes[place] != stamp:
+                told = "a rank of this node has launched something else, now or before, and does not tell what"
+                yield from self._inquire(MismatchError(told))
+            if notes[place + 1] != where:
+                counterparts = False
+        return counterparts
 
-    def _reduce_chunk(self, views: Views, into: list[Tensor] | None, op: ReduceOp) -> Program:
+    def _reduce_chunk(self, views: Views, into: list[Tensor] | None, stamp: int, op: ReduceOp) -> Program:
         """Reduce this rank's chunk of all buffers into the shared result, or (in place) `into` all of the buffers."""
         if self._memory.local_rank >= self._lanes:
             return
@@ -180,7 +204,7 @@ class NodeAllReduce:
             if total.dtype is not accumulator_dtype(total.dtype, op):
                 total = torch.empty(total.numel(), dtype=accumulator_dtype(total.dtype, op))
             reduce_into([total], sources, op, None)
-            yield from self._between(total, op)
+            yield from self._between(total, op, stamp)
             finish(op, total, self._size)
             for target in targets:
                 if target.data_ptr() != total.data_ptr():
@@ -188,7 +212,7 @@ class NodeAllReduce:
         if len(targets) > 1:
             self._count_peers(sources[0])
 
-    def _reduce_staged(self, data: Tensor, op: ReduceOp) -> Program:
+    def _reduce_staged(self, data: Tensor, stamp: int, op: ReduceOp) -> Program:
         memory, length = self._memory, data.numel()
         step = memory.slot_bytes // data.element_size()
         pieces = [slice(start, min(start + step, length)) for start in range(0, length, step)]
@@ -202,7 +226,7 @@ class NodeAllReduce:
             if index + 1 < len(pieces):
                 slots(index + 1).buffers[memory.local_rank].copy_(data[pieces[index + 1]])
             views = slots(index)
-            yield from self._reduce_chunk(views, None, op)
+            yield from self._reduce_chunk(views, None, stamp, op)
             yield from memory.barrier.pass_through()
             data[piece].copy_(views.result)
             # Of the result the other ranks' chunks are new to this one, as many elements as its own to them.
@@ -211,12 +235,3 @@ class NodeAllReduce:
     def _count_peers(self, piece: Tensor) -> None:
         """Count the piece once for every peer out of whose memory, or into which, it goes."""
         self._count((self._memory.local_size - 1) * piece.nbytes)
-
-
-def _what(shared_result: bool) -> str:
-    return "all-reduce into one result" if shared_result else "all-reduce"
-
-
-def _note(what: str, numel: int, dtype: torch.dtype, op: ReduceOp, place: int | None) -> bytes:
-    call = f"{what}, {op.value} of {numel} {str(dtype).removeprefix('torch.')}"
-    return f"{call}|{'' if place is None else place}".encode().ljust(NOTE_BYTES)

@@ -8,22 +8,27 @@ with back-propagation. A blocking operation is advanced by its caller alone: the
 Collectives of one communicator run first in, first out; point-to-point operations run beside them. Polling backs off:
 a blocked wait that spins would take the core from the peer it waits for. Where all that is waited for is one semaphore
 shared with the peers of this node, the thread sleeps on it instead, and is woken by the peer.
+
+Now and then a channel's watch has a look (`desync.py`): from a thread that waits or, less often, from the progress
+thread, so that a rank that computes still answers what others ask.
 """
 
+import ctypes
 import os
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from allreduce_sgd.comm.base import Traffic
-from allreduce_sgd.errors import CommunicationError, CommunicationTimeout
+from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, MismatchError
 
-__all__ = ["Channel", "Operation", "Program", "ProgressEngine", "Sleeper"]
+__all__ = ["Channel", "Operation", "Program", "ProgressEngine", "Sleeper", "Watch"]
 
 
 class Sleeper(Protocol):
@@ -31,6 +36,21 @@ class Sleeper(Protocol):
 
     def sleep(self, seconds: float) -> None:
         """Return when what is waited for has come, or after so many seconds."""
+
+
+class Watch(Protocol):
+    """Finds out why the collectives of one communicator stand still; see `desync.py`. `elsewhere` is set here."""
+
+    elsewhere: Callable[[], str | None]
+
+    def look(self, waits_in: int | None, moved: bool, now_seconds: float) -> CommunicationError | None:
+        """Return the error that ends the collectives; they stand in number `waits_in`. The lock is held."""
+
+    def failed(self, why: str) -> None:
+        """Tell the other ranks. The lock is held."""
+
+    def explain(self, number: int) -> str:
+        """Say why the collective of this number has not ended."""
 
 
 Program = Iterator[bool | Sleeper]
@@ -45,6 +65,8 @@ _LONGEST_SLEEP_SECONDS = 0.0002
 _SLEEPER_SECONDS = 0.002
 _POKE_SECONDS = 0.005
 _NEGLECTED_SECONDS = 0.02
+_LOOK_SECONDS = 0.1
+_IDLE_LOOK_SECONDS = 0.25
 _CLOSE_SECONDS = 5.0
 
 
@@ -52,6 +74,7 @@ class Operation:
     """A started operation; also the Work that its caller holds. `name` is asked for where something went wrong.
 
     `started_seconds` and `ended_seconds` are readings of time.perf_counter: when its turn came, and when it had ended.
+    A collective has a `number`, and a watch that says why it did not end in time.
     """
 
     def __init__(
@@ -62,16 +85,20 @@ class Operation:
         name: Callable[[], str],
         timeout: float,
         traffic: Traffic,
+        number: int = 0,
+        watch: Watch | None = None,
     ) -> None:
         self.name = name
+        self.number = number
         self.buffer = buffer
         self.finished = False
-        self.error: Exception | None = None
+        self.error: CommunicationError | None = None
         self.sleeper: Sleeper | None = None
         self._engine = engine
         self._program = program
         self._timeout = timeout
         self._traffic = traffic
+        self._watch = watch
         self.started_seconds: float | None = None
         self.ended_seconds: float | None = None
 
@@ -90,8 +117,11 @@ class Operation:
         except StopIteration:
             pass
         except BaseException as problem:
-            self.error = CommunicationError(f"{self.name()} failed: {problem!r}")
-            self.error.__cause__ = problem
+            if isinstance(problem, MismatchError):
+                self.error = problem
+            else:
+                self.error = CommunicationError(f"{self.name()} failed: {problem!r}")
+                self.error.__cause__ = problem
             if not isinstance(problem, Exception):
                 self.finished = True
                 raise
@@ -100,16 +130,23 @@ class Operation:
         self.finished = True
         return True
 
-    def fail(self, why: str) -> None:
-        """End without having been started."""
-        self.error = CommunicationError(f"{self.name()}: not started, since an earlier operation failed ({why})")
+    def fail(self, cause: CommunicationError) -> None:
+        """End without having been started, or in the midst of it."""
+        self.error = cause
+        if self.started_seconds is None:
+            kind = MismatchError if isinstance(cause, MismatchError) else CommunicationError
+            self.error = kind(f"{self.name()}: not started, since an earlier operation failed ({cause})")
+        else:
+            # MPI may still write to its memory.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.finished = True
 
     def wait(self, timeout: float | None = None) -> Tensor:
         limit = self._timeout if timeout is None else timeout
         started = time.perf_counter()
         if not self.finished and not self._engine.drive(self, started + limit):
-            raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; a rank is stuck, gone or late")
+            why = "a rank is stuck, gone or late" if self._watch is None else self._watch.explain(self.number)
+            raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; {why}")
         self._traffic.waited_seconds += time.perf_counter() - started
         if self.error is not None:
             raise self.error
@@ -125,10 +162,12 @@ class Channel:
     After one has failed the ranks no longer agree about what comes next, so that the rest fails too.
     """
 
-    def __init__(self, poke: Callable[[], object] | None) -> None:
+    def __init__(self, poke: Callable[[], object] | None, watch: Watch | None = None) -> None:
         self.queue: deque[Operation] = deque()
         self.poke = poke
-        self._failure: str | None = None
+        self.watch = watch
+        self._moved = False
+        self._failure: CommunicationError | None = None
 
     def append(self, operation: Operation) -> None:
         if self._failure is None:
@@ -145,10 +184,27 @@ class Channel:
                 break
             self.queue.popleft()
             if head.error is not None:
-                self._failure = str(head.error)
-                while self.queue:
-                    self.queue.popleft().fail(self._failure)
+                self.fail(head.error)
+        if moved:
+            self._moved = True
         return moved
+
+    def look(self, now_seconds: float) -> None:
+        """Let the watch find out whether what is under way can still end."""
+        if self.watch is not None:
+            waits_in = self.queue[0].number if self.queue else None
+            problem = self.watch.look(waits_in, self._moved, now_seconds)
+            self._moved = False
+            if problem is not None:
+                self.fail(problem)
+
+    def fail(self, cause: CommunicationError) -> None:
+        """End all that is under way and all that comes later, and tell the other ranks."""
+        self._failure = cause
+        while self.queue:
+            self.queue.popleft().fail(cause)
+        if self.watch is not None:
+            self.watch.failed(str(cause))
 
 
 class Backoff:
@@ -195,15 +251,18 @@ class ProgressEngine:
         self._state = threading.Condition()
         self._drivers = 0
         self._users = 0
+        self._look_at_seconds = 0.0
         self._thread: threading.Thread | None = None
 
-    def open_channel(self, poke: Callable[[], object] | None = None) -> Channel:
+    def open_channel(self, poke: Callable[[], object] | None = None, watch: Watch | None = None) -> Channel:
         """Return a new first-in, first-out queue, for the collectives of one communicator.
 
         `poke` is called now and then, with the lock held, also while nothing is under way: over a network MPI may call
         a message sent of which a part still waits in this process, and without a call of MPI it waits there for ever.
         """
-        channel = Channel(poke)
+        channel = Channel(poke, watch)
+        if watch is not None:
+            watch.elsewhere = partial(self._elsewhere, channel)
         with self.lock:
             self._channels.append(channel)
         with self._state:
@@ -249,11 +308,14 @@ class ProgressEngine:
             self._drivers += 1
         try:
             while not operation.finished:
-                left = deadline_seconds - time.perf_counter()
+                now_seconds = time.perf_counter()
+                left = deadline_seconds - now_seconds
                 if left <= 0 or not self.lock.acquire(timeout=min(left, threading.TIMEOUT_MAX)):
                     return False
                 try:
                     moved = self._advance()
+                    if now_seconds >= self._look_at_seconds:
+                        self._look(now_seconds)
                     sleeper = self._sleeper()
                 finally:
                     self.lock.release()
@@ -276,21 +338,45 @@ class ProgressEngine:
         while True:
             with self._state:
                 while self._thread is current and (self._drivers > 0 or not self._busy()):
-                    poked = self._poked()
-                    self._state.wait(_POKE_SECONDS if poked else None if self.spare_cores else _NEGLECTED_SECONDS)
-                    if poked and self._drivers == 0:
+                    self._state.wait(self._idle_seconds())
+                    if self._drivers == 0 and (self._poked() or time.perf_counter() >= self._look_at_seconds):
                         break
                 if self._thread is not current:
                     return
             with self.lock:
                 self._poke()
+                self._look_if_due()
             # Beside a thread that computes on the same core, spinning would take half of it.
             backoff = Backoff(0.0)
             while self._thread is current and self._drivers == 0 and self._busy():
                 with self.lock:
                     moved = self._advance()
+                    self._look_if_due()
                     sleeper = self._sleeper()
                 backoff.pause(moved, sleeper)
+
+    def _idle_seconds(self) -> float | None:
+        """Return how long the progress thread may sleep while there is nothing for it to move on."""
+        if self._poked():
+            return _POKE_SECONDS
+        if not self.spare_cores:
+            return _NEGLECTED_SECONDS
+        return _IDLE_LOOK_SECONDS if any(channel.watch is not None for channel in self._channels) else None
+
+    def _look_if_due(self) -> None:
+        now_seconds = time.perf_counter()
+        if now_seconds >= self._look_at_seconds:
+            self._look(now_seconds)
+
+    def _look(self, now_seconds: float) -> None:
+        self._look_at_seconds = now_seconds + _LOOK_SECONDS
+        for channel in self._channels:
+            channel.look(now_seconds)
+
+    def _elsewhere(self, channel: Channel) -> str | None:
+        """Name what is under way beside the channel's collectives."""
+        heads = [other.queue[0] for other in self._channels if other is not channel and other.queue]
+        return "; ".join(operation.name() for operation in (*heads, *self._messages)) or None
 
     def _poked(self) -> bool:
         return any(channel.poke is not None for channel in self._channels)

@@ -27,9 +27,11 @@ from torch import Tensor
 from allreduce_sgd.comm.semaphores import NodeBarrier, barrier_bytes, create_semaphores
 from allreduce_sgd.errors import CommunicationTimeout, MemoryNotSharedError
 
-__all__ = ["SharedMemory", "Views"]
+__all__ = ["NOTE_NUMBERS", "SharedMemory", "Views"]
 
-_LINE_BYTES = 64
+_NUMBER_BYTES = 8
+# Two cache lines.
+NOTE_NUMBERS = 16
 _POLL_SECONDS = 0.00005
 _VIEWS_KEPT = 4096
 
@@ -63,8 +65,9 @@ class SharedMemory:
     All ranks of the node must make it, and call `allocate`, together. Raises MemoryNotSharedError on all of them where
     they cannot share memory.
 
-    `barrier` lets the ranks meet. `post_note` and `notes` exchange a few bytes at a barrier. `staging(slot)` gives the
-    ranks' slots, for data that does not lie in shared memory.
+    `barrier` lets the ranks meet. `notes` are integers of 64 bits without sign, NOTE_NUMBERS for each rank (the first
+    local rank's come first), that all of them read and write: with a barrier between the one and the other they are
+    sure to see it. `staging(slot)` gives the ranks' slots, for data that does not lie in shared memory.
     """
 
     def __init__(
@@ -73,7 +76,6 @@ class SharedMemory:
         lock: threading.Lock,
         timeout_seconds: float,
         spin: bool,
-        note_bytes: int,
         slot_bytes: int,
         slots: int,
     ) -> None:
@@ -87,14 +89,13 @@ class SharedMemory:
         self._views: dict[tuple[int, int, torch.dtype], Views] = {}
         self._staging: dict[tuple[int, int, torch.dtype], Views] = {}
         semaphores_bytes = barrier_bytes(self.local_size)
-        self._note_stride = -(-note_bytes // _LINE_BYTES) * _LINE_BYTES
-        self._notes_start = semaphores_bytes
-        notes_bytes = 2 * self.local_size * self._note_stride
+        notes_bytes = self.local_size * NOTE_NUMBERS * _NUMBER_BYTES
         self._slots_start = -(-(semaphores_bytes + notes_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
         stride_bytes = -(-slot_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         per_slot = (self.local_size + 1) * stride_bytes
         memory = self._map(self._slots_start + slots * per_slot)
-        self._bytes = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
+        numbers = memory[semaphores_bytes : semaphores_bytes + notes_bytes].numpy()
+        self.notes = memoryview(numbers).cast("Q")  # type: ignore[arg-type]  # arrays are buffers
         starts = [self._slots_start + slot * per_slot for slot in range(slots)]
         self._slots = [
             _Segment(memory[start : start + per_slot], stride_bytes, self.local_rank, self.local_size)
@@ -151,26 +152,13 @@ class SharedMemory:
             known = self._staging[key] = _views(self._slots[slot], 0, numel * dtype.itemsize, dtype, 0)
         return known
 
-    def post_note(self, parity: int, note: bytes) -> None:
-        """Leave a note for the ranks of the node, to be read by them after the next barrier.
-
-        Notes of even and odd parity alternate, so that a rank ahead does not overwrite what others still read.
-        """
-        start = self._notes_start + (parity * self.local_size + self.local_rank) * self._note_stride
-        self._bytes[start : start + len(note)] = note
-
-    def notes(self, parity: int, length: int) -> list[bytes]:
-        first = self._notes_start + parity * self.local_size * self._note_stride
-        starts = range(first, first + self.local_size * self._note_stride, self._note_stride)
-        return [bytes(self._bytes[start : start + length]) for start in starts]
-
     def close(self) -> None:
         """Let go of all memory; tensors that still view it keep theirs mapped."""
         self._segments.clear()
         self._views.clear()
         self._slots.clear()
         self._staging.clear()
-        self._bytes = memoryview(b"")
+        self.notes = memoryview(b"")
 
     def _map(self, n_bytes: int) -> Tensor:
         """Map new memory on all ranks of the node. All of them must call, with the same number."""

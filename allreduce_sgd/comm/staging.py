@@ -23,7 +23,7 @@ from torch import Tensor
 
 from allreduce_sgd.comm.progress import Program
 
-__all__ = ["Copier", "Copy", "CudaCopier", "mpi_takes_device_memory", "staged"]
+__all__ = ["Copier", "Copy", "CudaCopier", "mpi_takes_device_memory", "settle", "staged"]
 
 
 class Copy(Protocol):
@@ -140,6 +140,12 @@ def _ended(copies: Iterable[Copy]) -> Program:
     for copy in copies:
         while not copy.done():
             yield False
+
+
+def settle(data: Tensor) -> None:
+    """Wait until a GPU has done what this thread asked of it: MPI, and other threads, know nothing of its streams."""
+    if data.is_cuda:
+        torch.cuda.current_stream(data.device).synchronize()
 
 
 def mpi_takes_device_memory(library: Any = None) -> bool:

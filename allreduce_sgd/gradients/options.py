@@ -20,7 +20,7 @@ class GradientOptions:
     shard_optimizer: bool | None = option(
         None,
         "let each rank keep the optimizer's state of its share of the parameters, and update only that (ZeRO stage 1); "
-        "the same result. Not set: where the ranks of one node share the parameters' memory, so that it saves time, "
+        "the same result. Not set: where the ranks of one node reduce through shared memory, so that it saves time, "
         "and the optimizer works element by element",
     )
     buffers: str = option(

@@ -74,5 +74,10 @@ def _has_sparse_gradients(model: nn.Module) -> bool:
 
 
 def _shares_memory(comm: Communicator, device: torch.device) -> bool:
-    """Say whether ranks can have one memory for the parameters, where sharding costs nothing. All ranks must call."""
-    return comm.size > 1 and comm.allocate_shared(1, torch.float32, device) is not None
+    """Say whether ranks can have one memory for the parameters, where sharding costs nothing. All ranks must call.
+
+    Not where the user chose another way for their messages, which shards would not go.
+    """
+    if comm.size == 1 or comm.algorithm != "shared-memory":
+        return False
+    return comm.allocate_shared(1, torch.float32, device) is not None
