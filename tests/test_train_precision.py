@@ -9,7 +9,7 @@ OVERFLOWING = ["--model", "tests.parts:overflowing_model", "--precision", "fp16"
 
 
 def test_an_overflow_on_one_rank_is_skipped_by_all_and_a_resumed_run_knows_it(tmp_path: Path) -> None:
-    flags = ["--optimizer", "adam", "--lr-schedule", "cosine", "--clip-norm", "1"]
+    flags = ["--optimizer", "adam", "--lr-schedule", "cosine", "--clip-norm", "1", "--shard-optimizer"]
     flags += ["--checkpoint-every", "3", "--keep-checkpoints", "4"]
     # The run itself fails where the final parameters differ between ranks.
     whole = train(3, tmp_path / "whole", *OVERFLOWING, *flags)

@@ -31,16 +31,16 @@ __all__ = ["Watch"]
 
 _STALL_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 8.0
-# Until all have answered after a contradiction was seen, so that all ranks' views are named.
-_ANSWERS_SECONDS = 0.6
+# As long at most to wait for answers after a contradiction was seen, so that all ranks' views are named.
+_ANSWERS_SECONDS = 1.5
 _INQUIRY_SECONDS = 2.0
 
 
 class Watch:
     """Watches one communicator's collectives, which `ledger` lists.
 
-    Messages go over the mpi4py communicator `comm`, under the tag `tag` that nothing else uses there. All methods but
-    `explain` are called with the lock around MPI held. `elsewhere` is asked what else this process has under way.
+    Messages go over the mpi4py communicator `comm`, under the tag `tag` that nothing else uses there. All methods are
+    called with the lock around MPI held. `elsewhere` is asked what else this process has under way.
     """
 
     def __init__(self, comm: Any, tag: int, ledger: Ledger, timeout_seconds: float) -> None:
@@ -51,6 +51,7 @@ class Watch:
         self._rank: int = comm.Get_rank()
         self._size: int = comm.Get_size()
         self._stall_seconds = min(_STALL_SECONDS, timeout_seconds / 4)
+        self._answers_seconds = min(_ANSWERS_SECONDS, timeout_seconds / 4)
         self._views = Views(self._size)
         self._heard_seconds = [0.0] * self._size
         self._sent = array("q", [0] * self._size)
@@ -101,6 +102,9 @@ class Watch:
 
     def explain(self, number: int) -> str:
         """Say why the collective `number` may not have ended, as far as the others have told."""
+        difference = self._views.difference()
+        if difference is not None:
+            return difference.text
         return self._views.missing(self._rank, number if self._waits_in is None else min(number, self._waits_in))
 
     def drain(self) -> Program:
@@ -160,7 +164,7 @@ class Watch:
             self._differs_since_seconds = now_seconds
             self._ask(difference.ask_about)
             return None
-        late = now_seconds > self._differs_since_seconds + _ANSWERS_SECONDS
+        late = now_seconds > self._differs_since_seconds + self._answers_seconds
         complete = self._views.knows_all_of(difference.ask_about, self._rank)
         return MismatchError(difference.text) if late or complete else None
 

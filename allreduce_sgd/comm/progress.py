@@ -50,7 +50,7 @@ class Watch(Protocol):
         """Tell the other ranks. The lock is held."""
 
     def explain(self, number: int) -> str:
-        """Say why the collective of this number has not ended."""
+        """Say why the collective of this number has not ended. The lock is held."""
 
 
 Program = Iterator[bool | Sleeper]
@@ -67,6 +67,7 @@ _POKE_SECONDS = 0.005
 _NEGLECTED_SECONDS = 0.02
 _LOOK_SECONDS = 0.1
 _IDLE_LOOK_SECONDS = 0.25
+_EXPLAIN_SECONDS = 0.5
 _CLOSE_SECONDS = 5.0
 
 
@@ -145,8 +146,7 @@ class Operation:
         limit = self._timeout if timeout is None else timeout
         started = time.perf_counter()
         if not self.finished and not self._engine.drive(self, started + limit):
-            why = "a rank is stuck, gone or late" if self._watch is None else self._watch.explain(self.number)
-            raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; {why}")
+            raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; {self._explain()}")
         self._traffic.waited_seconds += time.perf_counter() - started
         if self.error is not None:
             raise self.error
@@ -154,6 +154,16 @@ class Operation:
 
     def done(self) -> bool:
         return self.finished
+
+    def _explain(self) -> str:
+        if self._watch is None:
+            return "a rank is stuck, gone or late"
+        if not self._engine.lock.acquire(timeout=_EXPLAIN_SECONDS):
+            return "another thread of this rank is stuck inside MPI"
+        try:
+            return self._watch.explain(self.number)
+        finally:
+            self._engine.lock.release()
 
 
 class Channel:
