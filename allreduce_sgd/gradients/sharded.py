@@ -115,7 +115,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         infinite = norm_type == float("inf")
         total = own.reshape(1) if infinite else own.reshape(1) ** norm_type
         self._replica.comm.all_reduce(total, ReduceOp.MAX if infinite else ReduceOp.SUM, blocking=True).wait()
-        norm = (total if infinite else total ** (1.0 / norm_type)).reshape(()).float()
+        norm = (total if infinite else total ** (1.0 / norm_type)).reshape(())
         factor = clip_factor(norm, max_norm)
         for gradient in gradients:
             gradient.mul_(factor)
