@@ -10,6 +10,7 @@ A codec makes a contender of its own, since what it computes is another thing. B
 torch's DDP takes the step with that hook.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -34,6 +35,7 @@ __all__ = [
     "TORCH",
     "Plan",
     "bare_contender",
+    "close_gloo",
     "contenders",
     "own_contender",
     "torch_contender",
@@ -48,6 +50,7 @@ COMPRESSIONS = tuple(name for name in CODECS if name != "none")
 
 _TORCH_BUCKETS_MB = (25, 5)
 _ALL_MB = 1024
+_REST_SECONDS = 0.2
 _POWERSGD_RANK = 2
 # What rounding to so many bits does to a gradient; the other codecs keep what they leave out, and nothing is lost.
 _LOSSES = MappingProxyType({"fp16": 5e-3, "bf16": 1e-2, "int8": 0.2})
@@ -96,6 +99,15 @@ def torch_contender(bucket_mb: int, static_graph: bool, workload: Workload, opti
     )
     setting = f"bucket_cap_mb={bucket_mb}" + (" static_graph" if static_graph else "")
     return Contender(TORCH, setting, module, replica, None, optimizer)
+
+
+def close_gloo(comm: Communicator) -> None:
+    """Close the communicator of torch's default process group, and let its threads come to rest.
+
+    torch's DDP keeps them alive, and one that drops its last tensor while the interpreter ends aborts the process.
+    """
+    comm.close()
+    time.sleep(_REST_SECONDS)
 
 
 def own_contender(setting: str, workload: Workload, comm: Communicator, optimizer: str) -> Contender:

@@ -45,7 +45,7 @@ from benchmarks.arguments import Parser, check_writable, names, positive_int
 from benchmarks.contenders import OPTIMIZERS, Contender
 from benchmarks.overlap import OverlapProbe, Parts
 from benchmarks.record import write_record
-from benchmarks.step_contenders import COMPRESSIONS, OURS, SETTINGS, Plan, contenders
+from benchmarks.step_contenders import COMPRESSIONS, OURS, SETTINGS, Plan, close_gloo, contenders
 from benchmarks.step_hooks import hook_seconds_per_parameter
 from benchmarks.step_rounds import Schedule, measure_rounds
 from benchmarks.step_rows import Setup, report, summarise
@@ -124,7 +124,6 @@ def _measure_all(topology: Topology, options: argparse.Namespace) -> list[dict[s
     rows: list[dict[str, Any]] = []
     traces: list[tuple[str, Sequence[RankTrace]]] = []
     for name in options.workloads:
-        # Its own function: torch's DDP must be gone before its process group is.
         added, trace = _measure(name, topology, ours, options)
         for row in added:
             if row["contender"] == OURS:
@@ -133,8 +132,8 @@ def _measure_all(topology: Topology, options: argparse.Namespace) -> list[dict[s
         rows += added
     if options.trace is not None and topology.rank == 0:
         write_trace(options.trace, chrome_trace(traces))
-    gloo.close()
     ours.close()
+    close_gloo(gloo)
     return rows
 
 

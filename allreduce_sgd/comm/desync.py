@@ -157,8 +157,9 @@ class Watch:
         self._views.add_entries(self._rank, self._ledger.entries(self._views.numbers))
         difference = self._views.difference()
         if difference is None:
-            failure = self._views.failure()
-            return None if failure is None else CommunicationError(failure)
+            # Who has failed has told all ranks by itself.
+            self._failure = self._views.failure()
+            return None if self._failure is None else CommunicationError(self._failure)
         asked_about, self._asked_about = self._asked_about, difference.ask_about
         if asked_about != difference.ask_about:
             self._differs_since_seconds = now_seconds

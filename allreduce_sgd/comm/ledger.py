@@ -147,12 +147,12 @@ class Views:
     def difference(self) -> Difference | None:
         """Return the first collective that is not the same on all ranks, None where none is known."""
         # No rank remembers what came before.
-        same = max((report.launched - _KEPT for report in self._reports.values()), default=0)
+        same = max([0, *(report.launched - _KEPT for report in self._reports.values())])
         for number in sorted(self._known):
             stamps = {entry.stamp for entry in self._known[number].values()}
             if len(stamps) > 1:
-                between = (max(0, same) + number) // 2
-                ask_about = number if number - same <= 2 * NEAR else between
+                gap = number - same
+                ask_about = number if gap == 1 else number - 1 if gap <= 2 * NEAR else number - gap // 2
                 return Difference(number, ask_about, self._describe_difference(number))
             if len(self._known[number]) > 1:
                 same = max(same, number)

@@ -68,6 +68,7 @@ _NEGLECTED_SECONDS = 0.02
 _LOOK_SECONDS = 0.1
 _IDLE_LOOK_SECONDS = 0.25
 _EXPLAIN_SECONDS = 0.5
+_NAMED = 4
 _CLOSE_SECONDS = 5.0
 
 
@@ -119,10 +120,10 @@ class Operation:
             pass
         except BaseException as problem:
             if isinstance(problem, MismatchError):
-                self.error = problem
+                self.error = MismatchError(f"{self.name()}: {problem}")
             else:
                 self.error = CommunicationError(f"{self.name()} failed: {problem!r}")
-                self.error.__cause__ = problem
+            self.error.__cause__ = problem
             if not isinstance(problem, Exception):
                 self.finished = True
                 raise
@@ -133,11 +134,11 @@ class Operation:
 
     def fail(self, cause: CommunicationError) -> None:
         """End without having been started, or in the midst of it."""
-        self.error = cause
+        kind = MismatchError if isinstance(cause, MismatchError) else CommunicationError
         if self.started_seconds is None:
-            kind = MismatchError if isinstance(cause, MismatchError) else CommunicationError
             self.error = kind(f"{self.name()}: not started, since an earlier operation failed ({cause})")
         else:
+            self.error = kind(f"{self.name()}: {cause}")
             # MPI may still write to its memory.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
         self.finished = True
@@ -282,6 +283,9 @@ class ProgressEngine:
                 sys.setswitchinterval(min(sys.getswitchinterval(), _GIL_SWITCH_SECONDS))
                 self._thread = threading.Thread(target=self._run, name="allreduce-progress", daemon=True)
                 self._thread.start()
+            else:
+                # It may have gone to sleep for good while it had nothing to look after.
+                self._state.notify_all()
         return channel
 
     def close_channel(self, channel: Channel) -> None:
@@ -386,7 +390,7 @@ class ProgressEngine:
     def _elsewhere(self, channel: Channel) -> str | None:
         """Name what is under way beside the channel's collectives."""
         heads = [other.queue[0] for other in self._channels if other is not channel and other.queue]
-        return "; ".join(operation.name() for operation in (*heads, *self._messages)) or None
+        return "; ".join(operation.name() for operation in (*heads, *self._messages)[:_NAMED]) or None
 
     def _poked(self) -> bool:
         return any(channel.poke is not None for channel in self._channels)

@@ -4,6 +4,13 @@ Rendezvous needs no environment variables: rank 0 opens a store on a free port a
 messages on CPU tensors go through Gloo also where the back end is NCCL. These libraries do not show what they send, so
 `traffic.bytes_sent` is None; `busy_seconds` runs from the start of an operation to the wait that sees its end.
 
+Ranks that launch different things are not named here, as they are over MPI (`desync.py`). Seen of Gloo in torch 2.13: a
+rank to which more bytes come than it expects ends its process (`gloo::EnforceNotMet`, "collective mismatch"); fewer
+bytes, another dtype of the same width and another way of combining give a wrong result and no error; another operation,
+or a rank that does not come, ends the wait at the deadline. TORCH_DISTRIBUTED_DEBUG=DETAIL makes torch compare kind,
+shape and dtype (not how they are combined) before each collective, with more messages, and name what two ranks have.
+NCCL was not tried.
+
 One process has one default process group: it is used if the caller already made it, else made here and destroyed by
 `close`.
 """
