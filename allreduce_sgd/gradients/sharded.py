@@ -115,7 +115,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         infinite = norm_type == float("inf")
         total = own.reshape(1) if infinite else own.reshape(1) ** norm_type
         self._replica.comm.all_reduce(total, ReduceOp.MAX if infinite else ReduceOp.SUM, blocking=True).wait()
+        double = any(parameter.dtype is torch.float64 for parameter in self._order)
         norm = (total if infinite else total ** (1.0 / norm_type)).reshape(())
+        norm = norm.to(torch.float64 if double else torch.float32)
         factor = clip_factor(norm, max_norm)
         for gradient in gradients:
             gradient.mul_(factor)
