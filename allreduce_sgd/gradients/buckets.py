@@ -13,13 +13,17 @@ from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
 
-__all__ = ["Bucket", "BucketMemory", "Kind", "assign", "build_buckets", "kind_of", "spaced"]
+__all__ = ["SPACING", "Bucket", "BucketMemory", "Kind", "assign", "build_buckets", "kind_of", "spaced"]
 
 Kind = tuple[torch.dtype, torch.device]
 
 # Buckets start on a cache line, so that ranks that write neighbouring ones do not disturb each other.
 _ALIGNED_BYTES = 64
-_SPARE = 256
+
+# Where parameters are sharded they, and the shards of each, begin at multiples of this: kernels for vectors round other
+# elements differently than the same kernels do in whole tensors, and are slower, where memory is not aligned as they
+# like it.
+SPACING = 64
 
 
 @dataclass
@@ -52,10 +56,11 @@ class BucketMemory:
         self._comm = comm
         self._blocks: dict[Kind, Tensor] = {}
 
-    def cut(self, pieces: Sequence[tuple[Kind, int]]) -> list[Tensor]:
+    def cut(self, pieces: Sequence[tuple[Kind, int]], spare: int = 0) -> list[Tensor]:
         """Return flat tensors of these kinds and lengths. All ranks must call, with the same arguments.
 
-        Those returned before lie in the same memory.
+        Those returned before lie in the same memory. What is allocated has room for `spare` more elements, since other
+        cuts of the same parameters may be rounded up more.
         """
         starts: list[int] = []
         ends: dict[Kind, int] = {}
@@ -65,8 +70,7 @@ class BucketMemory:
             ends[kind] = starts[-1] + spaced(numel, aligned)
         for kind, numel in ends.items():
             if kind not in self._blocks or self._blocks[kind].numel() < numel:
-                # Another order of the same parameters may be rounded up a little more.
-                self._blocks[kind] = self._comm.allocate(numel + _SPARE, *kind)
+                self._blocks[kind] = self._comm.allocate(numel + spare, *kind)
         return [self._blocks[kind][start : start + numel] for (kind, numel), start in zip(pieces, starts, strict=True)]
 
 

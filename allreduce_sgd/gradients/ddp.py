@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.compression.base import CodecFactory
+from allreduce_sgd.gradients.buckets import Bucket, BucketMemory
 from allreduce_sgd.gradients.clipping import BucketNorms, clip_factor, lie_in
 from allreduce_sgd.gradients.comm_hook import CommHook, Hooked
 from allreduce_sgd.gradients.exchange import AllReduce, Compressed, Exchange
@@ -85,6 +86,7 @@ class DistributedDataParallel(nn.Module):
     def attach(self, comm: Communicator) -> None:
         """Synchronise over `comm` from now on: what is left to do after unpickling. All ranks must call."""
         self.comm = comm
+        self._memory = BucketMemory(comm)
         if comm.size == 1 and not self.check_finite:
             return
         check_same_model(self.module, comm)
@@ -205,6 +207,11 @@ class DistributedDataParallel(nn.Module):
             raise RuntimeError("register_comm_hook: there is a hook already")
         self._reduce_by(Hooked(self.comm, state, hook))
 
+    def watch_buckets(self, observe: Callable[[Bucket], None] | None) -> None:
+        """Have `observe` called with every bucket just before it is reduced; it must not change it. None ends that."""
+        if self._reducer is not None:
+            self._reducer.before_bucket = observe
+
     def bucket_bytes(self) -> list[int]:
         """Return the sizes of the buckets in the order in which they are reduced; none on one rank alone."""
         return [] if self._reducer is None else [bucket.buffer.nbytes for bucket in self._reducer.buckets]
@@ -289,7 +296,7 @@ class DistributedDataParallel(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"comm", "joining", "_reducer", "_exchange", "_norms", "_sharded", "_everyone", "_trained"}
+        left_out = {"comm", "joining", "_reducer", "_exchange", "_norms", "_memory", "_sharded", "_everyone", "_trained"}
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -326,6 +333,7 @@ class DistributedDataParallel(nn.Module):
         self._reducer = Reducer(
             self._named(),
             self.comm,
+            self._memory,
             exchange,
             self.first_bucket_mb * 2**20,
             self.bucket_mb * 2**20,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from allreduce_sgd.comm.base import Communicator
-from allreduce_sgd.gradients.buckets import Bucket, BucketMemory, Kind, assign, spaced
+from allreduce_sgd.gradients.buckets import SPACING, Bucket, BucketMemory, Kind, assign, spaced
 from allreduce_sgd.gradients.exchange import Exchange
 from allreduce_sgd.gradients.members import Member
 
@@ -18,12 +18,13 @@ class Layout:
 
     `flags` has an element for each member, and one that counts non-finite gradients. It rides at the end of the last
     message if the exchange can carry it, else it is memory of its own. `awaited[i]` counts the members of bucket i that
-    are expected to get a gradient. `sparse` are the identities of parameters whose gradients lie in no bucket.
+    are expected to get a gradient. Buckets are cut from `memory`. `sparse` are the identities of parameters whose gradients lie in no bucket.
     """
 
     def __init__(
         self,
         comm: Communicator,
+        memory: BucketMemory,
         exchange: Exchange,
         first_bytes: float,
         bucket_bytes: float,
@@ -35,11 +36,12 @@ class Layout:
         self.awaited: list[int] = []
         self.flags = torch.zeros(0)
         self.flags_ride = False
+        self._size = comm.size
         self._exchange = exchange
         self._limits = first_bytes, bucket_bytes
         self._reduce_dtype = reduce_dtype
         self._sparse = sparse
-        self._memory = BucketMemory(comm)
+        self._memory = memory
         self._flag_memory = BucketMemory(comm)
 
     def cut(self, members: Sequence[Member], order: Sequence[int] | None) -> None:
@@ -62,7 +64,9 @@ class Layout:
         for group, extra in zip(groups, riders, strict=True):
             numel = sum(spaced(parameters[index].numel(), self._exchange.spacing) for index in group)
             pieces.append((self._kind(parameters[group[0]]), self._exchange.length(numel) + extra))
-        self.messages = self._memory.cut(pieces)
+        # Room for other orders, and for an optimizer that is sharded later and so has its parameters spaced.
+        spare = SPACING * (len(members) + len(groups) * self._size + 1)
+        self.messages = self._memory.cut(pieces, spare)
         self.buckets = []
         for number, (group, message, extra) in enumerate(zip(groups, self.messages, riders, strict=True)):
             held = [parameters[index] for index in group]

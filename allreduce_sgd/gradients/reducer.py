@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
-from allreduce_sgd.gradients.buckets import Bucket
+from allreduce_sgd.gradients.buckets import Bucket, BucketMemory
 from allreduce_sgd.gradients.exchange import Exchange, Flight, Waitable
 from allreduce_sgd.gradients.layout import Layout
 from allreduce_sgd.gradients.members import Member, named_briefly, non_finite, report_non_finite, watch
@@ -42,13 +42,15 @@ class Reducer:
     sparse tensors. `reduce_dtype` is that of buckets for narrower gradients; None: the parameters' own.
 
     `passes` counts synchronised backward passes; `unused` has the identities of the parameters that no rank had a
-    gradient of in the last one. `after_bucket` is called with every bucket once it has been reduced.
+    gradient of in the last one. `before_bucket` is called with every bucket before its reduction starts, when it holds
+    this rank's weighted gradients, and `after_bucket` once it has been reduced.
     """
 
     def __init__(
         self,
         parameters: Sequence[tuple[str, nn.Parameter]],
         comm: Communicator,
+        memory: BucketMemory,
         exchange: Exchange,
         first_bucket_bytes: float,
         bucket_bytes: float,
@@ -64,13 +66,14 @@ class Reducer:
         self.members: list[Member] = []
         self.passes = 0
         self.unused: set[int] = set()
+        self.before_bucket: Callable[[Bucket], None] | None = None
         self.after_bucket: Callable[[Bucket], None] | None = None
         self.alive = weakref.ref(self)
         self._comm = comm
         self._exchange = exchange
         self._find_unused, self._static, self._check_finite = find_unused, static_graph, check_finite
         held = {id(parameter) for parameter in sparse}
-        self._layout = Layout(comm, exchange, first_bucket_bytes, bucket_bytes, reduce_dtype, held)
+        self._layout = Layout(comm, memory, exchange, first_bucket_bytes, bucket_bytes, reduce_dtype, held)
         self._order: list[int] | None = None
         self._next_order: list[int] | None = None
         self._arrivals: list[int] | None = None
@@ -131,7 +134,10 @@ class Reducer:
         self.weight = weight
 
     def close(self) -> None:
-        """Take the hooks away, and leave the gradients in private memory."""
+        """Take the hooks away, and leave the gradients in private memory: nothing uses the buckets' any more."""
+        self._abandon()
+        while self._abandoned:
+            self._abandoned.pop(0).land()
         for member in self.members:
             member.parameter.grad = member.private_gradient()
         for remove in self._hooks.values():
@@ -261,6 +267,8 @@ class Reducer:
         bucket = self.buckets[index]
         if self._check_finite:
             self._bad += non_finite(bucket, self.members)
+        if self.before_bucket is not None:
+            self.before_bucket(bucket)
         if index == len(self.buckets) - 1 and self._layout.flags_ride:
             self._layout.raise_flags(self._missing, len(self._bad))
         if self._exchange.rounds > 1:

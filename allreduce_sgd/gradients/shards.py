@@ -14,15 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
-from allreduce_sgd.gradients.buckets import Bucket, BucketMemory, kind_of, spaced
+from allreduce_sgd.gradients.buckets import SPACING, Bucket, BucketMemory, kind_of, spaced
 from allreduce_sgd.gradients.exchange import Exchange, Rounds
 from allreduce_sgd.schedules.step import chunk
 
 __all__ = ["ReduceScatter", "Shard", "ShardedParameters"]
-
-# Parameters, and the shards of each, begin at multiples of this: kernels for vectors round other elements differently
-# than the same kernels do in whole tensors, and are slower, where memory is not aligned as they like it.
-_SPACING = 64
 
 
 class ReduceScatter(Exchange):
@@ -30,10 +26,10 @@ class ReduceScatter(Exchange):
 
     whole = False
     stateful = True
-    spacing = _SPACING
+    spacing = SPACING
 
     def length(self, numel: int) -> int:
-        return spaced(numel, self.comm.size * _SPACING)
+        return spaced(numel, self.comm.size * SPACING)
 
     def start(self, index: int, bucket: Bucket, message: Tensor) -> Rounds:
         yield self.comm.reduce_scatter(message)
@@ -102,7 +98,7 @@ class ShardedParameters:
         return flat
 
     def _move(self, index: int, gradients: Bucket, flat: Tensor) -> None:
-        bucket = Bucket(gradients.parameters, flat, _SPACING)
+        bucket = Bucket(gradients.parameters, flat, SPACING)
         self.buckets.append(bucket)
         self._runs.append(self._cut(bucket))
         mine = self._runs[-1][self._comm.rank]
@@ -125,7 +121,7 @@ class ShardedParameters:
         if not self._whole:
             return [chunk(bucket.buffer.numel(), size, rank) for rank in range(size)]
         # Each parameter goes to the rank in whose equal share its middle lies.
-        numels = [spaced(parameter.numel(), _SPACING) for parameter in bucket.parameters]
+        numels = [spaced(parameter.numel(), SPACING) for parameter in bucket.parameters]
         ends = [0] * size
         position = 0
         total = sum(numels)
@@ -139,4 +135,4 @@ class ShardedParameters:
 
 
 def _length(parameters: Sequence[nn.Parameter], size: int) -> int:
-    return spaced(sum(spaced(parameter.numel(), _SPACING) for parameter in parameters), size * _SPACING)
+    return spaced(sum(spaced(parameter.numel(), SPACING) for parameter in parameters), size * SPACING)

@@ -69,6 +69,25 @@ def test_shared_parameters_give_the_same_bits(comm: Communicator, name: str) -> 
     assert optimizer.shares_parameters == (comm.size > 1)
 
 
+def test_sharding_takes_no_second_memory_for_gradients(comm: Communicator, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    allocate = comm.allocate
+
+    def counting(numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        asked.append(numel)
+        return allocate(numel, dtype, device)
+
+    monkeypatch.setattr(comm, "allocate", counting)
+    sharded = wrapped(comm)
+    before = list(asked)
+    optimizer = ShardedOptimizer(sharded, ELEMENTWISE["adam"], share_parameters=True)
+    train(sharded, optimizer, comm.rank, range(3))
+    # What is new are the flags, which no longer ride in a bucket: one per parameter, on a cache line.
+    flags = len(list(sharded.module.parameters())) + 16
+    assert all(numel <= flags for numel in asked[len(before) :])
+    assert (sum(before) > 0) == (comm.size > 1)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_dtypes(comm: Communicator, dtype: torch.dtype) -> None:
     make = ELEMENTWISE["adam"]
