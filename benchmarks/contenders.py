@@ -130,7 +130,7 @@ class Contender:
 
     def turn(self, batch: tuple[Tensor, Tensor], steps: int) -> Turn:
         """Take `steps` steps and return their means."""
-        traffic = self._traffic or Traffic(bytes_sent=None)
+        traffic = self._traffic or Traffic(counts_bytes=False)
         sent_before, waited_before = traffic.bytes_sent, traffic.waited_seconds
         forward = backward = optimizer = 0.0
         began = time.perf_counter()

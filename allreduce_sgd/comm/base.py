@@ -6,6 +6,8 @@ that `check_buffer` admits; gradients are never recorded.
 """
 
 import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Account",
     "AlgorithmTable",
     "Communicator",
     "FinishedWork",
@@ -42,8 +45,8 @@ AlgorithmTable = list[list[list[int | str | None]]]
 
 
 @dataclass
-class Traffic:
-    """What a communicator has moved so far.
+class Account:
+    """What was moved for one cause, or for all.
 
     `bytes_sent` counts messages where they are handed to the network, and is None for back ends that do not show it.
     `busy_seconds` adds up the time from each operation's start to its end, `waited_seconds` the time that callers spent
@@ -53,6 +56,48 @@ class Traffic:
     bytes_sent: int | None = 0
     busy_seconds: float = 0.0
     waited_seconds: float = 0.0
+
+
+class Traffic(Account):
+    """What a communicator has moved so far, altogether and for each cause.
+
+    An operation is counted for the cause that was in force when it was started: see `attributed`.
+    """
+
+    def __init__(self, counts_bytes: bool = True) -> None:
+        super().__init__(0 if counts_bytes else None)
+        self.causes: dict[str, Account] = {}
+        self.account = self._of("other")
+        """The account of what is started now."""
+        self.running = self.account
+        """The account of the operation that is being advanced."""
+
+    @contextmanager
+    def attributed(self, cause: str) -> Iterator[None]:
+        """Count what is started within for this cause: "gradients", "evaluation", ..."""
+        before, self.account = self.account, self._of(cause)
+        try:
+            yield
+        finally:
+            self.account = before
+
+    def sent(self, n_bytes: int) -> None:
+        """Count a message of the operation that is being advanced."""
+        for account in (self, self.running):
+            account.bytes_sent = (account.bytes_sent or 0) + n_bytes
+
+    def ended(self, account: Account, seconds: float) -> None:
+        """Count an operation of this account that took so long."""
+        self.busy_seconds += seconds
+        account.busy_seconds += seconds
+
+    def waited(self, account: Account, seconds: float) -> None:
+        """Count that a caller waited so long for an operation of this account."""
+        self.waited_seconds += seconds
+        account.waited_seconds += seconds
+
+    def _of(self, cause: str) -> Account:
+        return self.causes.setdefault(cause, Account(0 if self.bytes_sent is not None else None))
 
 
 class Work(Protocol):

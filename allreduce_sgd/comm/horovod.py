@@ -109,7 +109,7 @@ class HorovodCommunicator:
 
     def __init__(self, job: _Job, process_set: Any, members: list[int], timeout_seconds: float) -> None:
         self.timeout_seconds = timeout_seconds
-        self.traffic = Traffic(bytes_sent=None)
+        self.traffic = Traffic(counts_bytes=False)
         self.rank = members.index(job.topology.rank)
         self.size = len(members)
         self._job = job

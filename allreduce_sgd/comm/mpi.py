@@ -99,7 +99,7 @@ class MpiCommunicator:
         if self.layout.memory is not None:
             between = None if self.layout.nodes == 1 else self._between
             self._node = NodeAllReduce(
-                self.layout.memory, between, self.layout.lanes, self.size, self._count, self._watch.inquire
+                self.layout.memory, between, self.layout.lanes, self.size, self.traffic.sent, self._watch.inquire
             )
 
     @property
@@ -199,7 +199,7 @@ class MpiCommunicator:
     def send(self, buffer: Tensor, to: int, tag: int = 0) -> Work:
         self._check_peer(to, "send: to")
         host = check_buffer(buffer, "send").to(CPU)
-        program = send(host, to, tag, self._messages, self._count)
+        program = send(host, to, tag, self._messages, self.traffic.sent)
         return self._start(lambda: f"send to rank {to} (tag {tag})", host, program, None)
 
     def receive(self, buffer: Tensor, source: int | None = None, tag: int = 0) -> Work:
@@ -361,7 +361,7 @@ class MpiCommunicator:
         longest = None if self.layout.nodes == 1 else _LONGEST_BYTES_BETWEEN
         look_ahead = look_ahead if longest is None else _LOOK_AHEAD_SEGMENTS
         tag = first_tag(stamp, self._largest_tag)
-        yield from Execution(wide, op, self._comm, scratch, self._count, tag).run(steps, look_ahead, longest)
+        yield from Execution(wide, op, self._comm, scratch, self.traffic.sent, tag).run(steps, look_ahead, longest)
         if op is not None:
             finish(op, wide, self.size)
         if wide is not flat:
@@ -373,15 +373,11 @@ class MpiCommunicator:
         entry = self.choice.for_between(flat.nbytes)
         steps = _schedule(entry, flat)(self.layout.node, self.layout.nodes, flat.numel())
         tag = first_tag(stamp, self._largest_tag)
-        execution = Execution(flat, op, self.layout.lane, self._scratch[CPU], self._count, tag)
+        execution = Execution(flat, op, self.layout.lane, self._scratch[CPU], self.traffic.sent, tag)
         yield from execution.run(steps, _LOOK_AHEAD_SEGMENTS, _LONGEST_BYTES_BETWEEN)
 
     def _library(self, flat: Tensor, stamp: int, op: ReduceOp) -> tuple[Tensor, Program]:
-        return flat, library_all_reduce(flat, stamp, op, self._comm, self._node, self._count, self._watch.inquire)
-
-    def _count(self, sent_bytes: int) -> None:
-        assert self.traffic.bytes_sent is not None
-        self.traffic.bytes_sent += sent_bytes
+        return flat, library_all_reduce(flat, stamp, op, self._comm, self._node, self.traffic.sent, self._watch.inquire)
 
 
 def _schedule(entry: Entry, data: Tensor) -> Schedule:

@@ -36,6 +36,7 @@ class PolledWork:
         self._finish = finish
         self._timeout_seconds = timeout_seconds
         self._traffic = traffic
+        self._account = traffic.account
         self._started_seconds = time.perf_counter()
         self._finished = False
         self._error: CommunicationError | None = None
@@ -47,7 +48,7 @@ class PolledWork:
                 self._poll(self._timeout_seconds if timeout is None else timeout)
                 self._end()
             finally:
-                self._traffic.waited_seconds += time.perf_counter() - started
+                self._traffic.waited(self._account, time.perf_counter() - started)
         if self._error is not None:
             raise self._error
         return self._buffer
@@ -74,4 +75,4 @@ class PolledWork:
         except RuntimeError as problem:
             self._error = CommunicationError(f"{self._name} failed: {problem}")
             self._error.__cause__ = problem
-        self._traffic.busy_seconds += time.perf_counter() - self._started_seconds
+        self._traffic.ended(self._account, time.perf_counter() - self._started_seconds)

@@ -100,6 +100,7 @@ class Operation:
         self._program = program
         self._timeout = timeout
         self._traffic = traffic
+        self._account = traffic.account
         self._watch = watch
         self.started_seconds: float | None = None
         self.ended_seconds: float | None = None
@@ -108,6 +109,7 @@ class Operation:
         """Go on as far as possible without waiting, and say whether anything moved. The engine's lock is held."""
         if self.started_seconds is None:
             self.started_seconds = time.perf_counter()
+        self._traffic.running = self._account
         try:
             state = next(self._program)
             if isinstance(state, bool):
@@ -128,7 +130,7 @@ class Operation:
                 self.finished = True
                 raise
         self.ended_seconds = time.perf_counter()
-        self._traffic.busy_seconds += self.ended_seconds - self.started_seconds
+        self._traffic.ended(self._account, self.ended_seconds - self.started_seconds)
         self.finished = True
         return True
 
@@ -148,7 +150,7 @@ class Operation:
         started = time.perf_counter()
         if not self.finished and not self._engine.drive(self, started + limit):
             raise CommunicationTimeout(f"{self.name()}: not finished after {limit:g} s; {self._explain()}")
-        self._traffic.waited_seconds += time.perf_counter() - started
+        self._traffic.waited(self._account, time.perf_counter() - started)
         if self.error is not None:
             raise self.error
         return self.buffer

@@ -85,7 +85,7 @@ class TorchCommunicator:
     ) -> None:
         self.backend = backend
         self.timeout_seconds = timeout_seconds
-        self.traffic = Traffic(bytes_sent=None)
+        self.traffic = Traffic(counts_bytes=False)
         self.rank = members.index(dist.get_rank())
         self.size = len(members)
         self._group = group
@@ -241,6 +241,7 @@ class _TorchWork:
         self._works = works
         self._finish = finish
         self._owner = owner
+        self._account = owner.traffic.account
         self._started_seconds = time.perf_counter()
         self._finished = False
 
@@ -263,8 +264,8 @@ class _TorchWork:
             self._finish()
         self._finished = True
         ended = time.perf_counter()
-        self._owner.traffic.waited_seconds += ended - started
-        self._owner.traffic.busy_seconds += ended - self._started_seconds
+        self._owner.traffic.waited(self._account, ended - started)
+        self._owner.traffic.ended(self._account, ended - self._started_seconds)
         return self._buffer
 
     def done(self) -> bool:
