@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from allreduce_sgd.errors import ConfigError
-from allreduce_sgd.optim.build import build_optimizer, needs_closure, optimizer_names
+from allreduce_sgd.optim.build import build_optimizer, check_takes_sparse, needs_closure, optimizer_names
 from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.optim.schedule import build_schedule, factor
 
@@ -88,3 +88,39 @@ def test_warm_up_then_course() -> None:
         schedule.step()
     expected = [1.0, 2.0, *(1 + math.cos(math.pi * done / 8) for done in range(8))]
     assert rates == pytest.approx(expected)
+
+
+def steps_with_sparse_gradients(options: OptimizerOptions) -> bool:
+    """Whether two steps of the optimizer on an embedding succeed."""
+    layer = nn.Embedding(5, 3, sparse=True)
+    optimizer = build_optimizer(options, layer.parameters())
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = layer(torch.tensor([1, 3, 3])).sum()
+        loss.backward()
+        return loss
+
+    try:
+        for _ in range(2):
+            optimizer.step(closure)  # type: ignore[arg-type]
+    except RuntimeError:
+        return False
+    return True
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # of torch's Adagrad
+@pytest.mark.parametrize("decay", [None, 0.1])
+@pytest.mark.parametrize("name", sorted(optimizer_names()))
+def test_optimizers_that_take_sparse_gradients_are_known(name: str, decay: float | None) -> None:
+    options = OptimizerOptions(optimizer=name, weight_decay=decay)
+    try:
+        optimizer = build_optimizer(options, nn.Embedding(5, 3).parameters())
+    except ConfigError:
+        pytest.skip("has no such option")
+    if steps_with_sparse_gradients(options):
+        check_takes_sparse(optimizer)
+    else:
+        flag = "--optimizer" if decay is None or name not in ("sgd", "adagrad") else "--weight-decay"
+        with pytest.raises(ConfigError, match=f"^{flag} "):
+            check_takes_sparse(optimizer)

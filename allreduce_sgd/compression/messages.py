@@ -10,7 +10,7 @@ from torch import Tensor
 
 from allreduce_sgd.comm.base import Communicator, Work
 
-__all__ = ["exchange_rows", "has_messages"]
+__all__ = ["Together", "exchange_rows", "has_messages"]
 
 # Rows of exchanges that overlap cannot be mixed up, since messages of one tag arrive in the order they were sent in.
 # MPI guarantees tags up to 32767; users of the same communicator take small numbers.
@@ -36,11 +36,11 @@ def exchange_rows(outgoing: Tensor, incoming: Tensor, comm: Communicator) -> Wor
         source, to = (comm.rank - distance) % comm.size, (comm.rank + distance) % comm.size
         works.append(comm.receive(incoming[source], source, _TAG))
         works.append(comm.send(outgoing[to], to, _TAG))
-    return _All(works, incoming, comm.timeout_seconds)
+    return Together(works, incoming, comm.timeout_seconds)
 
 
-class _All:
-    """Several Works as one, with one deadline."""
+class Together:
+    """Several Works as one, with one deadline; `buffer` is what `wait` returns."""
 
     def __init__(self, works: Sequence[Work], buffer: Tensor, timeout_seconds: float) -> None:
         self._works = works

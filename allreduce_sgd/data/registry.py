@@ -8,6 +8,7 @@ from allreduce_sgd.data.digits import load_digits
 from allreduce_sgd.data.idx import load_idx_images
 from allreduce_sgd.data.npz import load_npz
 from allreduce_sgd.data.options import DataOptions
+from allreduce_sgd.data.sparse import DEFAULT_SPARSE_SPECIFICATION, load_synthetic_sparse
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.data.standardize import standardized
 from allreduce_sgd.data.synthetic import DEFAULT_SPECIFICATION, load_synthetic
@@ -25,7 +26,14 @@ _IMAGE_SETS: Mapping[str, Callable[[DataOptions], Dataset]] = MappingProxyType(
         "cifar10": load_cifar10,
     }
 )
-_CHOICES = (*_IMAGE_SETS, "synthetic[:SAMPLES,SHAPE,CLASSES]", "npz:FILE", "text:FILE", "module:function")
+_CHOICES = (
+    *_IMAGE_SETS,
+    "synthetic[:SAMPLES,SHAPE,CLASSES]",
+    "synthetic-sparse[:SAMPLES,FEATURES,CLASSES]",
+    "npz:FILE",
+    "text:FILE",
+    "module:function",
+)
 
 
 def load_dataset(options: DataOptions, seed: int) -> Dataset:
@@ -50,6 +58,8 @@ def _load(options: DataOptions, seed: int) -> Dataset:
     match prefix.lower():
         case "synthetic":
             return load_synthetic(options, rest if separator else DEFAULT_SPECIFICATION, seed)
+        case "synthetic-sparse":
+            return load_synthetic_sparse(options, rest if separator else DEFAULT_SPARSE_SPECIFICATION, seed)
         case "npz" if separator:
             return load_npz(options, rest)
         case "text" if separator:

@@ -5,7 +5,7 @@ they are asked for. Neither shuffles nor shards: `sampling.py` decides which ind
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -109,6 +109,7 @@ class Dataset:
     """A checked data set.
 
     `classes` is None for a regression. `vocabulary` holds the characters of a text, at the positions of their codes.
+    `sparse_features` is the number of features of sparse samples, whose inputs (k, 2) are pairs of index and value.
 
     Raises:
         ConfigError: a split is empty, its samples fail `check_samples`, or the shapes do not fit `input_shape`.
@@ -120,6 +121,7 @@ class Dataset:
     input_shape: tuple[int, ...]
     classes: int | None
     vocabulary: str | None = None
+    sparse_features: int | None = None
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("test", self.test)):
@@ -133,15 +135,15 @@ class Dataset:
                 raise ConfigError(f"{where}: inputs have the shape {shape}; every dimension must be at least 1")
 
     @property
-    def kind(self) -> Literal["features", "tokens"]:
-        """Whether inputs are numbers to compute with, or integer codes to look up."""
+    def kind(self) -> Literal["features", "tokens", "sparse"]:
+        """Whether inputs are numbers to compute with, integer codes to look up, or pairs of index and value."""
+        if self.sparse_features is not None:
+            return "sparse"
         return "features" if _nothing(self.train)[0].is_floating_point() else "tokens"
 
     def with_splits(self, change: Callable[[Samples], Samples]) -> "Dataset":
         """The same data set with `change` applied to both splits."""
-        return Dataset(
-            self.name, change(self.train), change(self.test), self.input_shape, self.classes, self.vocabulary
-        )
+        return replace(self, train=change(self.train), test=change(self.test))
 
 
 def _nothing(split: Samples) -> tuple[Tensor, Tensor]:

@@ -30,13 +30,14 @@ def standardized(dataset: Dataset) -> Dataset:
     """`dataset` with standardised inputs.
 
     Raises:
-        ConfigError: its inputs are tokens, or are made sample by sample by the user's own data set.
+        ConfigError: its inputs are tokens or sparse, or are made sample by sample by the user's own data set.
     """
     train = dataset.train
     if not isinstance(train, Split) or not isinstance(dataset.test, Split):
         raise ConfigError(f"--standardize with --dataset {dataset.name}: a map-style data set must do this itself")
-    if dataset.kind == "tokens":
-        raise ConfigError(f"--standardize with --dataset {dataset.name}: inputs are integers; allowed is no")
+    if dataset.kind != "features":
+        what = "integers" if dataset.kind == "tokens" else "pairs of index and value"
+        raise ConfigError(f"--standardize with --dataset {dataset.name}: inputs are {what}; allowed is no")
     if not dataset.input_shape:
         raise ConfigError(f"--standardize with --dataset {dataset.name}: inputs need at least one dimension")
     mean, deviation = mean_and_deviation(train.inputs)

@@ -6,14 +6,15 @@ end only one number per bucket is combined. The promise is needed: torch counts 
 those of its gradient scaler nor those through `.data`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.gradients.buckets import Bucket, Kind, kind_of
+from allreduce_sgd.gradients.sparse import gradient_values
 
-__all__ = ["BucketNorms", "clip_factor", "lie_in"]
+__all__ = ["BucketNorms", "clip_factor", "clip_grad_norm_", "lie_in"]
 
 # As torch.nn.utils.clip_grad_norm_ has it, so that the outcomes are equal.
 _EPSILON = 1e-6
@@ -57,6 +58,16 @@ def lie_in(buckets: Sequence[Bucket], parameters: Sequence[nn.Parameter]) -> boo
                 return False
             lying += 1
     return lying == len(slots)
+
+
+def clip_grad_norm_(parameters: Iterable[nn.Parameter], max_norm: float, norm_type: float = 2.0) -> Tensor:
+    """Do as torch.nn.utils.clip_grad_norm_, also where gradients are sparse; these are coalesced, in place."""
+    values = gradient_values(parameters)
+    norm = nn.utils.get_total_norm(values, norm_type)
+    factor = clip_factor(norm, max_norm)
+    for value in values:
+        value.mul_(factor.to(value.device))
+    return norm
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.compression.base import CodecFactory
 from allreduce_sgd.gradients.buckets import Bucket, BucketMemory
-from allreduce_sgd.gradients.clipping import BucketNorms, clip_factor, lie_in
+from allreduce_sgd.gradients.clipping import BucketNorms, clip_factor, clip_grad_norm_, lie_in
 from allreduce_sgd.gradients.comm_hook import CommHook, Hooked
 from allreduce_sgd.gradients.exchange import AllReduce, Compressed, Exchange
 from allreduce_sgd.gradients.join import Joining, joined
@@ -182,14 +182,14 @@ class DistributedDataParallel(nn.Module):
         parameters = list(self.module.parameters())
         reducer = self._reducer
         if reducer is None or self._exchange is None or not self._exchange.whole:
-            return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+            return clip_grad_norm_(parameters, max_norm, norm_type)
         if untouched and (self._norms is None or self._norms.norm_type != norm_type):
             self._norms = BucketNorms(norm_type)
             reducer.after_bucket = self._norms.measure
         norms = self._norms if untouched and self._norms is not None else BucketNorms(norm_type)
         norm = norms.total(reducer.buckets) if lie_in(reducer.buckets, parameters) else None
         if norm is None:
-            return nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+            return clip_grad_norm_(parameters, max_norm, norm_type)
         factor = clip_factor(norm, max_norm)
         for bucket in reducer.buckets:
             bucket.buffer.mul_(factor.to(bucket.buffer.device))
@@ -296,7 +296,17 @@ class DistributedDataParallel(nn.Module):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = {"comm", "joining", "_reducer", "_exchange", "_norms", "_memory", "_sharded", "_everyone", "_trained"}
+        left_out = {
+            "comm",
+            "joining",
+            "_reducer",
+            "_exchange",
+            "_norms",
+            "_memory",
+            "_sharded",
+            "_everyone",
+            "_trained",
+        }
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

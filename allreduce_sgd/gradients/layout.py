@@ -18,7 +18,8 @@ class Layout:
 
     `flags` has an element for each member, and one that counts non-finite gradients. It rides at the end of the last
     message if the exchange can carry it, else it is memory of its own. `awaited[i]` counts the members of bucket i that
-    are expected to get a gradient. Buckets are cut from `memory`. `sparse` are the identities of parameters whose gradients lie in no bucket.
+    are expected to get a gradient. Buckets are cut from `memory`. `sparse` are the identities of parameters whose
+    gradients lie in no bucket.
     """
 
     def __init__(

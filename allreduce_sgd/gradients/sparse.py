@@ -5,14 +5,39 @@ indices and values of all ranks, each padded to the longest. That is less than r
 few rows are touched. Where some rank's gradient is dense (the parameter is used elsewhere too), all become dense.
 """
 
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
 
-__all__ = ["gather_sparse"]
+__all__ = ["gather_sparse", "gradient_values", "has_sparse_gradients"]
 
 _NONE, _DENSE = -1, -2
+
+
+def has_sparse_gradients(model: nn.Module) -> bool:
+    """Say whether the model has layers whose gradients are sparse (Embedding and EmbeddingBag with sparse=True)."""
+    return any(getattr(layer, "sparse", False) for layer in model.modules())
+
+
+def gradient_values(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the numbers of the gradients that there are: dense ones as they are, of sparse ones the touched rows.
+
+    In place: sparse gradients are coalesced, since rows that occur several times would hide their norm. What is written
+    to the returned tensors is written to the gradients.
+    """
+    values = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            continue
+        if parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()
+            values.append(parameter.grad.values())
+        else:
+            values.append(parameter.grad)
+    return values
 
 
 def gather_sparse(parameter: Tensor, gradient: Tensor | None, factor: float, comm: Communicator) -> Tensor | None:

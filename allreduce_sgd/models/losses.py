@@ -30,6 +30,8 @@ __all__ = ["Loss", "build_loss", "loss_name", "output_width"]
 
 _REGRESSION = ("mse", "l1")
 _BINARY = ("hinge", "logistic", "perceptron")
+# Of models that are not trained by cross-entropy for classes and by mse for a regression.
+_OF_MODEL = MappingProxyType({"logistic": "logistic", "sparse-logistic": "logistic", "perceptron": "perceptron"})
 
 _PerSample = Callable[[Tensor, Tensor], Tensor]
 
@@ -181,7 +183,7 @@ def loss_name(name: str | None, model_name: str, classes: int | None) -> str:
         ConfigError: it is unknown, or needs classes where the data set has none.
     """
     if classes is None:
-        if name is None and model_name.lower() in _BINARY:
+        if name is None and model_name.lower() in _OF_MODEL:
             raise ConfigError(
                 f"--model {model_name} needs classes, but the --dataset is a regression; "
                 "allowed are linear, mlp, cnn, resnet20, resnet18 and your own"
@@ -189,9 +191,8 @@ def loss_name(name: str | None, model_name: str, classes: int | None) -> str:
         allowed: tuple[str, ...] = _REGRESSION
         chosen, reason = (name or "mse").lower(), " for a --dataset with floating targets"
     else:
-        default = model_name.lower() if model_name.lower() in _BINARY else "cross-entropy"
         allowed = LOSSES
-        chosen, reason = (name or default).lower(), ""
+        chosen, reason = (name or _OF_MODEL.get(model_name.lower(), "cross-entropy")).lower(), ""
     if chosen not in allowed:
         raise ConfigError(f"--loss {name}: allowed{reason} are {', '.join(allowed)}")
     return chosen

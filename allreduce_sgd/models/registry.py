@@ -14,6 +14,7 @@ from allreduce_sgd.models.losses import output_width
 from allreduce_sgd.models.mlp import mlp, parse_hidden
 from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.models.resnet import resnet18, resnet20
+from allreduce_sgd.models.sparse_logistic import SparseLogistic
 from allreduce_sgd.user_code import call_with_named, load_function
 
 __all__ = ["build_model"]
@@ -23,7 +24,9 @@ _IMAGE: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = MappingProxy
     {"cnn": cnn, "resnet20": resnet20, "resnet18": resnet18}
 )
 _TEXT = "chargpt"
-_CHOICES = (*_FLAT, *_IMAGE, _TEXT, "module:function")
+_SPARSE = "sparse-logistic"
+_CHOICES = (*_FLAT, *_IMAGE, _TEXT, _SPARSE, "module:function")
+_KINDS = MappingProxyType({None: "inputs", "features": "features", "tokens": "tokens", "sparse": "sparse samples"})
 _WITH_DROPOUT = ("mlp", _TEXT)
 
 
@@ -32,12 +35,14 @@ def build_model(
     input_shape: tuple[int, ...],
     classes: int | None,
     seed: int,
-    kind: Literal["features", "tokens"] | None = None,
+    kind: Literal["features", "tokens", "sparse"] | None = None,
+    sparse_features: int | None = None,
 ) -> nn.Module:
     """The model `options.model` for inputs (n, *input_shape) and `classes` (None: a regression), not yet trained.
 
     Its weights come from torch's global generator, which the caller seeds; `seed` goes to a function of the user's.
-    `kind` is the data set's (`Dataset.kind`); None leaves it unchecked.
+    `kind` is the data set's (`Dataset.kind`); None leaves it unchecked. `sparse_features` is its number of features
+    where samples are sparse.
 
     Raises:
         ConfigError: the name is unknown, the model does not suit the data, or the user's function fails.
@@ -54,8 +59,14 @@ def build_model(
         if kind == "features" or len(input_shape) != 1 or classes is None:
             raise _unsuited(options, "text (text:FILE)", input_shape, kind)
         return chargpt(input_shape[0], classes, outputs, options.dropout)
+    if name == _SPARSE:
+        if sparse_features is None:
+            raise _unsuited(options, "sparse samples (synthetic-sparse)", input_shape, kind)
+        return SparseLogistic(sparse_features, outputs)
     if kind == "tokens":
         raise _unsuited(options, "features, not text", input_shape, kind)
+    if kind == "sparse":
+        raise _unsuited(options, "features, not sparse samples (--model sparse-logistic does)", input_shape, kind)
     if name in _IMAGE:
         if len(input_shape) != 3:
             raise _unsuited(options, "images (channels, height, width)", input_shape, kind)
@@ -67,7 +78,7 @@ def build_model(
 
 def _unsuited(options: ModelOptions, wants: str, input_shape: tuple[int, ...], kind: str | None) -> ConfigError:
     return ConfigError(
-        f"--model {options.model} takes {wants}, but the --dataset gives {kind or 'inputs'} of the shape {input_shape}"
+        f"--model {options.model} takes {wants}, but the --dataset gives {_KINDS[kind]} of the shape {input_shape}"
     )
 
 

@@ -10,8 +10,10 @@ from torch import nn
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.optim.options import OptimizerOptions
 
-__all__ = ["build_optimizer", "needs_closure", "optimizer_names"]
+__all__ = ["build_optimizer", "check_takes_sparse", "needs_closure", "optimizer_names"]
 
+# LBFGS makes them dense.
+_TAKE_SPARSE = ("sgd", "adagrad", "sparseadam", "lbfgs")
 _SGD_DEFAULTS = {"lr": 0.05, "momentum": 0.9}
 
 
@@ -66,3 +68,19 @@ def needs_closure(optimizer: torch.optim.Optimizer) -> bool:
     """Say whether `step` evaluates the loss itself, several times (LBFGS)."""
     closure = inspect.signature(type(optimizer).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def check_takes_sparse(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ConfigError unless the optimizer takes sparse gradients, such as those of Embedding with sparse=True."""
+    name = type(optimizer).__name__.lower()
+    if name not in _TAKE_SPARSE:
+        raise ConfigError(
+            f"--optimizer {name}: it takes no sparse gradients, which the model has; allowed are "
+            f"{', '.join(_TAKE_SPARSE)}"
+        )
+    for group in optimizer.param_groups:
+        if group.get("weight_decay"):
+            raise ConfigError(
+                f"--weight-decay {group['weight_decay']:g}: it changes all rows of the parameters, and the model's "
+                f"gradients are sparse; allowed is 0"
+            )
