@@ -20,7 +20,7 @@ from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.options import option
-from allreduce_sgd.strategies.options import StrategyOptions
+from allreduce_sgd.strategies.options import BELONGS, LOCAL, StrategyOptions
 
 __all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "config_from", "options", "to_toml"]
 
@@ -36,6 +36,9 @@ class TrainingOptions:
         None,
         "samples of all ranks per step, instead of --batch-size: the same training on any number of ranks",
         minimum=1,
+    )
+    full_batch: bool = option(
+        False, "take all training samples in every step (gradient descent), instead of --batch-size"
     )
     accumulate: int = option(1, "rounds of forward and backward per optimizer step", minimum=1)
     precision: str = option(
@@ -192,8 +195,10 @@ def config_from(values: Mapping[str, Any]) -> Config:
         group.name: typing.cast(type, group.type)(**groups.get(group.name, {})) for group in dataclasses.fields(Config)
     }
     config = Config(**built)
-    for first, second in (("epochs", "steps"), ("batch-size", "global-batch-size")):
-        if config.flat()[first] is not None and config.flat()[second] is not None:
+    flat = config.flat()
+    pairs = ("epochs", "steps"), ("batch-size", "global-batch-size")
+    for first, second in (*pairs, ("full-batch", "batch-size"), ("full-batch", "global-batch-size")):
+        if flat[first] and flat[second] is not None:
             raise ConfigError(f"--{first} and --{second}: give one of the two, not both")
     return _reconciled(config)
 
@@ -206,23 +211,59 @@ def _reconciled(config: Config) -> Config:
             "--check-finite: with --precision fp16 gradients overflow now and then, and those steps are skipped; a run "
             "that does not get over it stops by itself"
         )
-    if config.strategy.strategy == "local":
-        of_sync = {
-            "shard-optimizer": gradients.shard_optimizer,
-            "sync-batch-norm": gradients.sync_batch_norm,
-            "static-graph": gradients.static_graph,
-            "no-find-unused-parameters": not gradients.find_unused_parameters,
-        }
-        for flag, given in of_sync.items():
-            if given:
-                raise ConfigError(f"--{flag}: only --strategy sync can do it; in strategy local ranks step alone")
-        if codec == "dgc":
-            raise ConfigError("--compression dgc: it corrects the momentum of gradients, and local sends parameters")
+    _check_strategy(config)
     if codec == "dgc" and momentum:
         raise ConfigError(f"--momentum {momentum:g}: --compression dgc has its own; set --compression-momentum instead")
     if codec == "dgc" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
-        return dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
+    if config.model.model == "sparse-logistic" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
+        # Momentum would go on moving every feature that was ever met.
+        config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
+    if config.strategy.strategy == "dmb" and config.strategy.predict is None:
+        predict = config.training.batch_size or 32
+        config = dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, predict=predict))
     return config
+
+
+def _check_strategy(config: Config) -> None:
+    """Raise ConfigError for a flag that the strategy does not have, or for what it cannot be combined with."""
+    options, gradients = config.strategy, config.gradients
+    name = options.strategy
+    of_sync = {
+        "shard-optimizer": gradients.shard_optimizer,
+        "sync-batch-norm": gradients.sync_batch_norm,
+        "static-graph": gradients.static_graph,
+        "no-find-unused-parameters": not gradients.find_unused_parameters,
+    }
+    for flag, given in of_sync.items():
+        if given and name != "sync":
+            alone = " in strategy local ranks step alone" if name == "local" else f" not {name}"
+            raise ConfigError(f"--{flag}: only --strategy sync can do it;{alone}")
+    flat, defaults = config.flat(), {each.name: each.default for each in options_of("strategy")}
+    for flag, owners in BELONGS.items():
+        option = flag.removeprefix("no-")
+        if name not in owners and flat[option] != defaults[option]:
+            raise ConfigError(f"--{flag}: --strategy {name} has no use for it, only {', '.join(owners)}")
+    options.slowed_by(0)  # refuses what is not of the form R:F
+    if gradients.check_sync is not None and name == "hogwild":
+        raise ConfigError("--check-sync: in strategy hogwild all ranks have the same parameters, which never rest")
+    codec = config.compression.compression
+    if codec == "dgc" and name in LOCAL:
+        raise ConfigError(f"--compression dgc: it corrects the momentum of gradients, and {name} sends parameters")
+    if codec != "none" and name in _NO_CODEC:
+        raise ConfigError(f"--compression {codec}: --strategy {name} {_NO_CODEC[name]}")
+
+
+_NO_CODEC = {
+    "adasum": "combines whole gradients",
+    "gossip": "averages whole models of neighbours",
+    "hogwild": "sends nothing",
+}
+
+
+def options_of(group: str) -> Iterator[Option]:
+    """Yield the options of one group."""
+    return (each for each in options() if each.group == group)
 
 
 def to_toml(config: Config) -> str:

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -35,6 +36,20 @@ class Totals:
             self.predictions + other.predictions,
         )
 
+    def __sub__(self, other: "Totals") -> "Totals":
+        return Totals(
+            self.loss - other.loss,
+            self.samples - other.samples,
+            self.correct - other.correct,
+            self.predictions - other.predictions,
+        )
+
+    @staticmethod
+    def of(sums: Sequence[float]) -> "tuple[Totals, bool]":
+        """Return the totals, and whether any rank asks, from the sums of what `Tally.take` gives on all ranks."""
+        loss, samples, correct, predictions, asking = sums
+        return Totals(loss, int(samples), int(correct), int(predictions)), asking > 0
+
     @property
     def mean_loss(self) -> float | None:
         return self.loss / self.samples if self.samples else None
@@ -62,11 +77,21 @@ class Tally:
             self._correct.append(correct)
             self._predictions += predictions
 
-    def reduce(self, comm: Communicator, ask: bool = False) -> tuple[Totals, bool]:
-        """Return the sums over all ranks and whether any rank asks, and start afresh.
+    def reduce(
+        self, comm: Communicator, ask: bool = False, measures: Mapping[str, float] | None = None
+    ) -> tuple[Totals, bool, dict[str, float]]:
+        """Return the sums over all ranks, whether any rank asks, and the sums of `measures`, and start afresh.
 
-        All ranks must call; the same bits everywhere.
+        All ranks must call, with measures of the same names; the same bits everywhere.
         """
+        measures = measures or {}
+        sums = torch.cat([self.take(ask), torch.tensor(list(measures.values()), dtype=torch.float64)])
+        comm.all_reduce(sums).wait()
+        totals, asking = Totals.of(sums[:5].tolist())
+        return totals, asking, dict(zip(measures, sums[5:].tolist(), strict=True))
+
+    def take(self, ask: bool = False) -> Tensor:
+        """Return this rank's sums, float64: loss, samples, right predictions, predictions, `ask`; and start afresh."""
         sums = torch.zeros(5, dtype=torch.float64)
         sums[4] = ask
         if self._losses:
@@ -76,10 +101,8 @@ class Tally:
         if self._correct:
             sums[2] = float(torch.stack(self._correct).sum())
             sums[3] = self._predictions
-        comm.all_reduce(sums).wait()
         self._losses, self._samples, self._correct, self._predictions = [], [], [], 0
-        loss, samples, correct, predictions, asking = sums.tolist()
-        return Totals(loss, int(samples), int(correct), int(predictions)), asking > 0
+        return sums
 
 
 def check_tensorboard(wanted: bool) -> None:

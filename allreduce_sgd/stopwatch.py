@@ -1,23 +1,26 @@
 """The clocks of a run: time in training, wall time, and the communication that training caused."""
 
-import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from allreduce_sgd.comm.base import Communicator, Traffic
+from allreduce_sgd.comm.base import Account, Communicator
 
 __all__ = ["Stopwatch"]
 
 
 class Stopwatch:
-    """Counts seconds and traffic of a communicator, separately for what happens within `training()`."""
+    """Counts seconds and traffic of communicators, separately for what happens within `training()`.
 
-    def __init__(self, comm: Communicator, device: torch.device) -> None:
+    `comm` is that of the ranks that train, over which averages are taken; `others` are counted too.
+    """
+
+    def __init__(self, comm: Communicator, device: torch.device, others: Sequence[Communicator] = ()) -> None:
         self._comm = comm
+        self._comms = [comm, *others]
         self._device = device
         self._train_seconds = 0.0
         self._started_seconds = time.perf_counter()
@@ -26,7 +29,8 @@ class Stopwatch:
         self._bytes_sent: int | None = 0
         self._busy_seconds = 0.0
         self._waited_seconds = 0.0
-        self._before = Traffic()
+        self._before = Account()
+        self._causes_before: dict[str, list[Any]] = {}
 
     @property
     def train_seconds(self) -> float:
@@ -42,7 +46,7 @@ class Stopwatch:
     @contextmanager
     def training(self) -> Iterator[None]:
         """Count what happens within as training; work queued on a GPU is waited for at the end."""
-        self._before = dataclasses.replace(self._comm.traffic)
+        self._before = self._moved()
         self._since_seconds = time.perf_counter()
         try:
             yield
@@ -54,7 +58,7 @@ class Stopwatch:
 
     def _add_traffic(self) -> None:
         """Count what the communicator has moved since this was called last, within `training()`."""
-        before, now = self._before, dataclasses.replace(self._comm.traffic)
+        before, now = self._before, self._moved()
         if self._bytes_sent is None or before.bytes_sent is None or now.bytes_sent is None:
             self._bytes_sent = None
         else:
@@ -62,6 +66,28 @@ class Stopwatch:
         self._busy_seconds += now.busy_seconds - before.busy_seconds
         self._waited_seconds += now.waited_seconds - before.waited_seconds
         self._before = now
+
+    def _moved(self) -> Account:
+        return _total([each.traffic for each in self._comms])
+
+    def waited_seconds(self) -> float:
+        """Return how long this process has waited for communication, in training and out of it."""
+        return sum(each.traffic.waited_seconds for each in self._comms)
+
+    def causes(self) -> dict[str, dict[str, Any]]:
+        """Return this rank's figures by cause, in training and out of it: bytes, seconds, and those waited for."""
+        names = dict.fromkeys([*self._causes_before, *(name for each in self._comms for name in each.traffic.causes)])
+        found = {}
+        for name in names:
+            accounts = [each.traffic.causes[name] for each in self._comms if name in each.traffic.causes]
+            total = _total([Account(*self._causes_before.get(name, [])), *accounts])
+            if total.busy_seconds > 0:
+                found[name] = {
+                    "bytes": total.bytes_sent,
+                    "seconds": total.busy_seconds,
+                    "exposed_seconds": total.waited_seconds,
+                }
+        return found
 
     def communication(self) -> dict[str, Any]:
         """Return this rank's figures so far; bytes are None where the back end does not show them."""
@@ -92,6 +118,7 @@ class Stopwatch:
             "bytes_sent": self._bytes_sent,
             "busy_seconds": self._busy_seconds,
             "waited_seconds": self._waited_seconds,
+            "causes": {name: list(figures.values()) for name, figures in self.causes().items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -100,3 +127,13 @@ class Stopwatch:
         self._bytes_sent = state["bytes_sent"]
         self._busy_seconds = state["busy_seconds"]
         self._waited_seconds = state["waited_seconds"]
+        self._causes_before = state["causes"]
+
+
+def _total(accounts: Sequence[Account]) -> Account:
+    sent = [each.bytes_sent for each in accounts]
+    return Account(
+        None if None in sent else sum(each or 0 for each in sent),
+        sum(each.busy_seconds for each in accounts),
+        sum(each.waited_seconds for each in accounts),
+    )

@@ -22,14 +22,13 @@ from allreduce_sgd.run_folder import claim
 from allreduce_sgd.topology import Topology, discover, launcher_rank
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
 
     from allreduce_sgd.comm.base import Communicator
-    from allreduce_sgd.data.sampling import EpochSampler
-    from allreduce_sgd.data.split import Dataset
     from allreduce_sgd.metrics import MetricsLog
-    from allreduce_sgd.models.losses import Loss
+    from allreduce_sgd.strategies.base import Strategy
+    from allreduce_sgd.strategies.server.loop import Server
+    from allreduce_sgd.strategies.server.roles import Role
     from allreduce_sgd.trainer import Trainer
 
 __all__ = ["PREEMPTED", "main", "run"]
@@ -105,82 +104,108 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
     import torch
 
+    from allreduce_sgd.checks import (
+        check_fit,
+        check_same_configuration,
+        check_shares,
+        check_strategy,
+        count_workers,
+        global_batch_size,
+        period_of,
+    )
     from allreduce_sgd.chrome_trace import check_trace_file
     from allreduce_sgd.comm.factory import connect
     from allreduce_sgd.data.registry import load_dataset
-    from allreduce_sgd.data.sampling import EpochSampler
+    from allreduce_sgd.data.sampling import build_sampler
     from allreduce_sgd.gradients.sync_batch_norm import close_sync_batchnorm
     from allreduce_sgd.metrics import check_tensorboard, write_json
     from allreduce_sgd.models.losses import build_loss
     from allreduce_sgd.models.registry import build_model
-    from allreduce_sgd.optim.build import build_optimizer
     from allreduce_sgd.optim.schedule import build_schedule
-    from allreduce_sgd.strategies.build import build_strategy, check_optimizer
+    from allreduce_sgd.strategies.build import build_strategy
+    from allreduce_sgd.strategies.server.build import build_server
+    from allreduce_sgd.strategies.server.roles import divide
     from allreduce_sgd.trainer import Trainer
 
-    _check_same_configuration(topology, config)
+    check_same_configuration(topology, config)
     checkpoint = topology.agree(lambda: find_checkpoint(config))
     saved = {} if checkpoint is None else topology.agree(checkpoint.shared)
     if checkpoint is not None:
         config = topology.agree(lambda: resumed_config(config, explicit, saved, checkpoint.world_size == topology.size))
+    size = topology.size
+    workers = topology.agree(lambda: count_workers(config, size))
     torch.set_num_threads(config.training.threads or topology.threads_per_rank())
     device = topology.agree(lambda: topology.choose_device(config.training.device))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     _download(topology, config)
     dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
-    batch = topology.agree(lambda: _global_batch_size(config, topology, dataset, saved))
-    sampler = EpochSampler(len(dataset.train), batch, config.training.seed)
-    topology.agree(lambda: _check_shares(config, topology, sampler))
+    batch = topology.agree(lambda: global_batch_size(config, workers, dataset, saved))
+    batch += config.strategy.predicted(workers)
+    sampler = build_sampler(config.data.sampling, len(dataset.train), batch, config.training.seed)
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
+    topology.agree(lambda: check_shares(config, workers, sampler, total_steps))
     torch.manual_seed(config.training.seed)
     loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
     model = topology.agree(
-        lambda: build_model(config.model, dataset.input_shape, dataset.classes, config.training.seed, dataset.kind)
+        lambda: build_model(
+            config.model,
+            dataset.input_shape,
+            dataset.classes,
+            config.training.seed,
+            dataset.kind,
+            dataset.sparse_features,
+        )
     ).to(device)
     if topology.rank > 0:
         # Rank 0 goes on with the generator that built the model, as a serial program does; the others draw their own.
         torch.manual_seed(config.training.seed + 1_000_003 * topology.rank)
-    topology.agree(lambda: _check_fit(model, loss, dataset, device))
-    topology.agree(
-        lambda: check_optimizer(
-            build_optimizer(config.optimizer, model.parameters()), config.gradients, config.training.precision
-        )
-    )
+    topology.agree(lambda: check_fit(model, loss, dataset, device))
+    topology.agree(lambda: check_strategy(config, topology.size, model))
+    period = topology.agree(lambda: period_of(config, total_steps, sampler.steps_per_epoch))
     topology.agree(lambda: check_tensorboard(config.run.tensorboard))
     if config.run.trace is not None:
         trace = Path(config.run.trace)
         topology.agree(lambda: check_trace_file(trace) if topology.rank == 0 else None)
     table = topology.agree(lambda: saved_choice(saved, topology.size, explicit))
     comm = topology.agree(lambda: connect(topology, device, config.communication, table))
+    role: Role | None = None
     try:
-        topology.agree(lambda: _convert(config, model, comm))
-        strategy = topology.agree(
-            lambda: build_strategy(
-                config.strategy,
-                config.gradients,
-                config.optimizer,
-                model,
-                comm,
-                compression=config.compression,
-                precision=config.training.precision,
-                seed=config.training.seed,
+        if config.strategy.served:
+            role = topology.agree(lambda: divide(comm, config.strategy))
+        peers = comm if role is None else role.peers
+        topology.agree(lambda: _convert(config, model, peers))
+        how = config.strategy, config.gradients, config.optimizer, model
+        codec, seed = config.compression, config.training.seed
+        server: Server | None = None
+        strategy: Strategy | None = None
+        if role is not None and role.serves:
+            server = topology.agree(lambda: build_server(*how, role, compression=codec, seed=seed))
+        else:
+            precision = config.training.precision
+            strategy = topology.agree(
+                lambda: build_strategy(
+                    *how, peers, period=period, role=role, compression=codec, precision=precision, seed=seed
+                )
             )
-        )
         claimed = topology.agree(
             lambda: claim(config, topology.size, saved.get("step", 0)) if topology.rank == 0 else None
         )
         folder = Path(topology.broadcast(str(claimed)))
         log = topology.agree(lambda: _open_log(topology, config, folder))
+        own = None
+        if checkpoint is not None and (checkpoint.world_size, saved["servers"]) == (size, size - workers):
+            own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
+        if server is not None:
+            _serve(server, own, folder, config, comm)
+            return topology.broadcast(False)
+        assert strategy is not None
         with log or contextlib.nullcontext():
             schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps)
             trainer = Trainer(
-                config, comm, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log, stop
+                config, peers, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log, stop
             )
             if checkpoint is not None:
-                own = None
-                if checkpoint.world_size == topology.size:
-                    own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
                 trainer.load_state_dict(saved, own)
                 told = differences(saved, config, comm)
                 _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{told}")
@@ -191,38 +216,23 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
             elif topology.rank == 0:
                 write_json(folder / "summary.json", summary)
                 _conclude(summary, folder)
-        return summary is not None
+        return topology.broadcast(summary is not None)
     finally:
         if sys.exc_info()[0] is None:
             close_sync_batchnorm(model)
+            if role is not None:
+                role.peers.close()
             comm.close()
 
 
-def _check_same_configuration(topology: Topology, config: Config) -> None:
-    """Refuse to train where ranks were given different flags or files."""
-    views = topology.gather_all(config.flat())
-    for rank, theirs in enumerate(views):
-        for name, value in theirs.items():
-            if value != views[0][name]:
-                error = ConfigError(f"--{name}: rank 0 has {views[0][name]!r}, but rank {rank} has {value!r}")
-                error.rank = 0
-                raise error
+def _serve(server: "Server", own: dict[str, Any] | None, folder: Path, config: Config, comm: "Communicator") -> None:
+    """Serve parameters until all workers are done; `own` is what this rank saved in a checkpoint."""
+    from allreduce_sgd.checkpoint import save
 
-
-def _check_fit(model: "nn.Module", loss: "Loss", dataset: "Dataset", device: "torch.device") -> None:
-    """Raise ConfigError if the model cannot take the data set's samples or the loss not its outputs."""
-    import torch
-
-    inputs, targets = dataset.train.batch(torch.arange(min(2, len(dataset.train))))
-    model.eval()
-    try:
-        with torch.no_grad():
-            loss(model(inputs.to(device)), targets.to(device))
-    except (RuntimeError, TypeError, ValueError, IndexError) as problem:
-        why = " ".join(str(problem).split())
-        raise ConfigError(f"--model: it cannot take the samples of --dataset {dataset.name}: {why}") from problem
-    finally:
-        model.train()
+    if own is not None:
+        server.load_state_dict(own["server"])
+    keep = config.run.keep_checkpoints
+    server.serve(lambda step: save(folder, step, {}, {"server": server.state_dict()}, keep, comm))
 
 
 def _download(topology: Topology, config: Config) -> None:
@@ -240,39 +250,6 @@ def _download(topology: Topology, config: Config) -> None:
                 fetch(missing, data_folder(config.data), show, _DOWNLOAD_SECONDS)
 
         topology.agree(fetch_missing, _DOWNLOAD_WAIT_SECONDS)
-
-
-def _global_batch_size(config: Config, topology: Topology, dataset: "Dataset", saved: dict[str, Any]) -> int:
-    samples, options = len(dataset.train), config.training
-    if topology.size > samples:
-        raise ConfigError(
-            f"--dataset {dataset.name}: {topology.size} ranks share {samples} training samples; start fewer"
-        )
-    if saved:
-        return int(saved["global_batch_size"])
-    if options.global_batch_size is not None:
-        flag, size = f"--global-batch-size {options.global_batch_size}", options.global_batch_size
-    else:
-        per_rank = options.batch_size or 32
-        flag, size = f"--batch-size {per_rank}", per_rank * topology.size * options.accumulate
-    if size > samples:
-        raise ConfigError(
-            f"{flag}: the mini-batch of {topology.size} ranks has {size} samples, more than the {samples} training "
-            f"samples of {dataset.name}"
-        )
-    return size
-
-
-def _check_shares(config: Config, topology: Topology, sampler: "EpochSampler") -> None:
-    """Raise ConfigError where ranks would go through layers that wait for one another a different number of times."""
-    rounds = config.training.accumulate
-    fewest = sampler.global_count(sampler.steps_per_epoch - 1)
-    if config.gradients.sync_batch_norm and fewest < topology.size * rounds:
-        raise ConfigError(
-            f"--sync-batch-norm: the last mini-batch of an epoch has {_count(fewest, 'sample')}, too few for "
-            f"{_count(topology.size, 'rank')} and {_count(rounds, 'round')} of --accumulate; choose another "
-            f"--batch-size or --global-batch-size"
-        )
 
 
 def _convert(config: Config, model: "nn.Module", comm: "Communicator") -> None:

@@ -4,49 +4,38 @@ The sample order, the seed and the global mini-batch say what is computed, and t
 is shared out: step s of an epoch takes the same samples on any number of ranks.
 """
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from allreduce_sgd import checkpoint
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.config import Config
-from allreduce_sgd.data.sampling import EpochSampler, evaluation_share, share
+from allreduce_sgd.data.sampling import Sampler, share
 from allreduce_sgd.data.split import Dataset
-from allreduce_sgd.display import Display, number
+from allreduce_sgd.display import Display
 from allreduce_sgd.errors import NonFiniteError
+from allreduce_sgd.feed import Feed
 from allreduce_sgd.gradients.check_sync import SyncCheck
-from allreduce_sgd.gradients.replicate import common_sha256
-from allreduce_sgd.metrics import MetricsLog, Tally, Totals
+from allreduce_sgd.metrics import MetricsLog, Totals
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.random_state import random_state, restore_random_state
+from allreduce_sgd.report import Evaluation, Position, Report
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.strategies.base import Share, Strategy
-from allreduce_sgd.strategies.precision import autocast
+from allreduce_sgd.strategies.pace import Pace
 from allreduce_sgd.trace import StepTrace
 
-__all__ = ["Evaluation", "Trainer"]
-
-_EVALUATION_BATCH = 512
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The consensus model on the whole test set: exact sums over all ranks, nothing padded."""
-
-    step: int
-    test_loss: float
-    test_accuracy: float | None
+__all__ = ["Trainer"]
 
 
 class Trainer:
-    """Trains by `strategy` until the configured end. All ranks construct it and call `fit` together.
+    """Trains by `strategy` until the configured end. All ranks that train construct it and call `fit` together.
 
     `folder` is where checkpoints go, None for none; `log` is rank 0's, None on other ranks or for no log;
     `total_steps` is the end, in optimizer steps. Where `stop_asked` says yes on any rank at a logged step, all ranks
@@ -62,7 +51,7 @@ class Trainer:
         loss: Loss,
         strategy: Strategy,
         schedule: LambdaLR,
-        sampler: EpochSampler,
+        sampler: Sampler,
         total_steps: int,
         folder: Path | None,
         log: MetricsLog | None,
@@ -78,18 +67,20 @@ class Trainer:
         self.sampler = sampler
         self.total_steps = total_steps
         self.folder = folder
-        self.log = log
         self.stop_asked = stop_asked
         self.step = 0
         self.samples = 0
         self.reached_target = False
         self.preempted = False
         self.evaluation: Evaluation | None = None
-        self._watch = Stopwatch(comm, device)
-        self._tally = Tally()
+        everyone = strategy.everyone
+        self._watch = Stopwatch(comm, device, [] if everyone is comm else [everyone])
+        training = config.training
+        self._feed = Feed(dataset, loss, device, training.precision, training.accumulate)
+        self._slowed = config.strategy.slowed_by(everyone.rank)
         self._epoch_totals = Totals()
         self._train_loss: float | None = None
-        self._logged = (0, 0.0)
+        self._report = Report(strategy, self._watch, log)
         every = config.gradients.check_sync
         self._sync_check = None if every is None else SyncCheck(strategy.model, comm, every)
         self._trace: StepTrace | None = None
@@ -100,27 +91,35 @@ class Trainer:
         Returns None where `stop_asked` ended training before: then the last checkpoint holds everything.
         """
         self.strategy.model.train()
+        self._report.begin()
         if self.config.run.trace is not None:
             # Past what the first steps do only once, and with an average in it where these are periodic.
-            traced = min(self.step + 2 * self.config.strategy.period, self.total_steps)
+            traced = min(self.step + 2 * self.config.strategy.steps_between, self.total_steps)
             self._trace = StepTrace(
                 Path(self.config.run.trace), traced, self.strategy.model, self.strategy.optimizer, self.comm
             )
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
-            self._logged = (self.samples, self._watch.train_seconds)
             while self.step < self.total_steps and not self.reached_target:
                 with self._watch.training():
-                    self._train_until_due(display)
+                    if self.strategy.pace is None:
+                        self._train_until_due(display)
+                    else:
+                        self._train_at_own_pace(self.strategy.pace, display)
                 if self._evaluation_due():
                     self._evaluate(display)
                 if self._checkpoint_due():
                     self._save()
                 if self.preempted and self.step < self.total_steps and not self.reached_target:
+                    # The model is of no use any more, but ranks that serve must be told.
+                    self.strategy.finish()
                     return None
         if self.evaluation is None or self.evaluation.step != self.step:
             self._evaluate(None)
         self.strategy.finish()
-        return self._summary()
+        assert self.evaluation is not None
+        return self._report.summary(
+            self._position, self.config, self.evaluation, self._train_loss, self.global_batch_size, self.reached_target
+        )
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return (what all ranks share, what this rank has of its own). All ranks must call."""
@@ -132,9 +131,10 @@ class Trainer:
             "schedule": self.schedule.state_dict(),
             "step": self.step,
             "samples": self.samples,
-            "global_batch_size": self.sampler.global_batch_size,
+            "global_batch_size": self.global_batch_size,
             "threads": torch.get_num_threads(),
-            "world_size": self.comm.size,
+            "world_size": self.strategy.everyone.size,
+            "servers": self.strategy.servers,
             "backend": self.comm.backend,
             "algorithm": self.comm.algorithm,
             "algorithm_table": self.comm.algorithm_table,
@@ -162,13 +162,10 @@ class Trainer:
             self.evaluation = Evaluation(*shared["evaluation"])
             # By the present options: a resumed run may have another target.
             self.reached_target = self._reaches_target(self.evaluation)
-        for group, base, factor in zip(
-            self.strategy.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True
-        ):
-            # The saved rate is that of the old end of training, which a resumed run may have moved.
-            group["lr"] = base * factor(self.schedule.last_epoch)
+        # The saved rate is that of the old end of training, which a resumed run may have moved.
+        self._set_rate(self.schedule.last_epoch)
         if own is None:
-            self.strategy.restart()
+            self.strategy.restart(self.step)
             torch.manual_seed(self.config.training.seed + 1_000_003 * (1 + self.comm.rank) + self.step)
         else:
             self.strategy.load_state_dict(own["strategy"])
@@ -190,90 +187,113 @@ class Trainer:
         epoch, position = divmod(self.step, self.sampler.steps_per_epoch)
         if position == 0:
             self._epoch_totals = Totals()
-        indices = self.sampler.indices(epoch, position, self.comm.rank, self.comm.size)
-        global_samples = self.sampler.global_count(position)
-        try:
-            with nullcontext() if self._trace is None else self._trace.around(self.step + 1):
-                self.strategy.step(self._share(indices, global_samples))
-        except NonFiniteError as problem:
-            raise NonFiniteError(f"step {self.step + 1}: {problem}") from None
+        self._take_step(self.step, self._share(epoch, position))
         self.schedule.step()
         self.step += 1
-        self.samples += global_samples
+        self.samples += self.sampler.global_count(position)
         if self._sync_check is not None and self.strategy.in_agreement:
             self._sync_check.after_step(self.step)
 
-    def _share(self, indices: Tensor, global_samples: int) -> Share:
-        samples = len(indices)
-        rounds = self.config.training.accumulate
-        pieces = [indices[share(samples, part, rounds)] for part in range(rounds)]
-        losses = [self._loss_of(piece, len(piece) / samples) for piece in pieces if len(piece)]
-        return Share(losses, samples, global_samples)
+    def _take_step(self, step: int, share: Share) -> None:
+        traffic = self.strategy.everyone.traffic
+        started, waited = time.perf_counter(), self._watch.waited_seconds()
+        try:
+            with (
+                nullcontext() if self._trace is None else self._trace.around(step + 1),
+                traffic.attributed(self.strategy.signal),
+            ):
+                self.strategy.step(share)
+        except NonFiniteError as problem:
+            raise NonFiniteError(f"step {step + 1}: {problem}") from None
+        if self._slowed > 1:
+            computing = time.perf_counter() - started - (self._watch.waited_seconds() - waited)
+            time.sleep((self._slowed - 1) * computing)
 
-    def _loss_of(self, indices: Tensor, fraction: float) -> Callable[[nn.Module], Tensor]:
-        def compute(model: nn.Module) -> Tensor:
-            outputs, targets, loss = self._forward(model, self.dataset.train.batch(indices))
-            self._tally.add(loss, len(indices), self.loss.correct(outputs.detach(), targets), self.loss.count(targets))
-            return loss if fraction == 1.0 else loss * fraction
+    def _share(self, epoch: int, position: int) -> Share:
+        """Return this rank's share of a mini-batch; in method dmb what exceeds the batch is only predicted."""
+        rank, size = self.comm.rank, self.comm.size
+        count = self.sampler.global_count(position)
+        learnt = min(count, self.global_batch_size)
+        if learnt == count:
+            return self._feed.share(self.sampler.indices(epoch, position, rank, size), count)
+        indices = self.sampler.indices(epoch, position, 0, 1)
+        predicted = indices[learnt:][share(count - learnt, rank, size)]
+        return self._feed.share(indices[:learnt][share(learnt, rank, size)], learnt, predicted)
 
-        return compute
+    @property
+    def global_batch_size(self) -> int:
+        """The samples of all ranks from whose gradients a step is made."""
+        return self.sampler.global_batch_size - self.config.strategy.predicted(self.comm.size)
 
-    def _forward(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        inputs, targets = (part.to(self.device, non_blocking=True) for part in batch)
-        with autocast(self.config.training.precision, self.device):
-            outputs = model(inputs)
-            return outputs, targets, self.loss(outputs, targets)
+    def _train_at_own_pace(self, pace: Pace, display: Display) -> None:
+        """Take steps, as many as this rank comes to, up to the next at which all ranks are needed."""
+        first, until = self.step, self._next_due()
+        if first % self.sampler.steps_per_epoch == 0:
+            self._epoch_totals = Totals()
+        before = self._epoch_totals
+        logged = Totals()
+        pace.open(first, until)
+        while (ticket := pace.take(self._feed.tally.take(self.stop_asked()).tolist())) is not None:
+            if ticket.step > self.step:
+                display.step(ticket.step - self.step)
+                self.step = ticket.step
+                if self.step % self.config.run.log_every == 0:
+                    totals, _ = Totals.of(pace.totals)
+                    self._report.training(self._position, totals - logged, {}, display)
+                    logged = totals
+            self._set_rate(ticket.step)
+            epoch, position = divmod(ticket.step, self.sampler.steps_per_epoch)
+            indices = self.sampler.indices(epoch, position, ticket.part, self.comm.size)
+            self._take_step(ticket.step, self._feed.share(indices, self.sampler.global_count(position)))
+        stood = pace.close()
+        display.step(stood - self.step)
+        self.step = stood
+        self._set_rate(stood)
+        in_epoch = self.sampler.steps_per_epoch
+        self.samples += sum(self.sampler.global_count(step % in_epoch) for step in range(first, stood))
+        totals, self.preempted = Totals.of(pace.totals)
+        self._epoch_totals = before + totals
+        self._train_loss = self._epoch_totals.mean_loss
+        _, _, sums = self._feed.tally.reduce(self.comm, measures=self.strategy.measures())
+        self._report.training(self._position, totals - logged, sums, display)
+
+    def _next_due(self) -> int:
+        """Return the next step after which all ranks are needed, at the latest the last of the epoch."""
+        epoch = self.sampler.steps_per_epoch
+        dues = [every for every in (self.config.training.evaluate_every, self.config.run.checkpoint_every) if every]
+        return min(self.total_steps, *((self.step // every + 1) * every for every in [epoch, *dues]))
+
+    def _set_rate(self, step: int) -> None:
+        """Make the learning rate that of this step, whichever came before."""
+        self.schedule.last_epoch = step
+        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        for group, (base, factor) in zip(self.strategy.optimizer.param_groups, rates, strict=True):
+            group["lr"] = base * factor(step)
 
     def _log_training(self, display: Display, epoch_ended: bool) -> None:
-        totals, self.preempted = self._tally.reduce(self.comm, self.stop_asked())
+        with self.comm.traffic.attributed("logging"):
+            totals, self.preempted, sums = self._feed.tally.reduce(
+                self.comm, self.stop_asked(), self.strategy.measures()
+            )
         self._epoch_totals += totals
         if epoch_ended or self._train_loss is None or self.step < self.sampler.steps_per_epoch:
             self._train_loss = self._epoch_totals.mean_loss
-        samples_before, seconds_before = self._logged
-        seconds = self._watch.train_seconds
-        self._logged = (self.samples, seconds)
-        speed = (self.samples - samples_before) / max(seconds - seconds_before, 1e-9)
-        display.figures(self.step, totals.mean_loss, totals.accuracy, speed)
-        values = {
-            "loss": totals.mean_loss,
-            "accuracy": totals.accuracy,
-            "learning_rate": self.schedule.get_last_lr()[0],
-            "samples_per_second": speed,
-            **self._watch.communication(),
-        }
-        if self.strategy.scaling is not None:
-            scaling = self.strategy.scaling
-            values |= {"loss_scale": scaling.scale, "skipped_steps": scaling.skipped_steps}
-        self._write("train", values)
+        self._report.training(self._position, totals, sums, display)
 
-    @torch.no_grad()
     def _evaluate(self, display: Display | None) -> None:
         """Evaluate the consensus model on the test set. All ranks must call; all get the same figures."""
-        model = self.strategy.model
-        part = evaluation_share(len(self.dataset.test), self.comm.rank, self.comm.size)
-        tally = Tally()
-        with self.strategy.consensus():
-            model.eval()
-            for start in range(part.start, part.stop, _EVALUATION_BATCH):
-                indices = torch.arange(start, min(start + _EVALUATION_BATCH, part.stop))
-                outputs, targets, loss = self._forward(model, self.dataset.test.batch(indices))
-                tally.add(loss, len(indices), self.loss.correct(outputs, targets), self.loss.count(targets))
-            model.train()
-        totals, _ = tally.reduce(self.comm)
+        with self.strategy.everyone.traffic.attributed("evaluation"), self.comm.traffic.attributed("evaluation"):
+            with self.strategy.consensus():
+                tally = self._feed.evaluate(self.strategy.model, self.comm.rank, self.comm.size)
+            totals, _, _ = tally.reduce(self.comm)
         test_loss = float("nan") if totals.mean_loss is None else totals.mean_loss
         self.evaluation = Evaluation(self.step, test_loss, totals.accuracy)
         self.reached_target |= self._reaches_target(self.evaluation)
-        self._write("evaluation", {"test_loss": test_loss, "test_accuracy": totals.accuracy})
-        if display is not None:
-            accuracy = "" if totals.accuracy is None else f"   test accuracy {100 * totals.accuracy:6.2f} %"
-            display.line(
-                f"step {self.step:6d}   epoch {self.epochs:7.2f}   train loss {number(self._train_loss)}   "
-                f"test loss {number(test_loss)}{accuracy}   {self._watch.train_seconds:8.2f} s"
-            )
+        self._report.evaluation(self._position, self.evaluation, self._train_loss, display)
 
     @property
-    def epochs(self) -> float:
-        return self.step / self.sampler.steps_per_epoch
+    def _position(self) -> Position:
+        return Position(self.step, self.step / self.sampler.steps_per_epoch, self.samples)
 
     def _reaches_target(self, evaluation: Evaluation) -> bool:
         accuracy, loss = self.config.training.target_accuracy, self.config.training.target_loss
@@ -291,42 +311,8 @@ class Trainer:
 
     def _save(self) -> None:
         if self.folder is not None:
-            shared, own = self.state_dict()
-            checkpoint.save(self.folder, self.step, shared, own, self.config.run.keep_checkpoints, self.comm)
-
-    def _write(self, event: str, values: dict[str, Any]) -> None:
-        if self.log is not None:
-            times = {"train_seconds": self._watch.train_seconds, "wall_seconds": self._watch.wall_seconds}
-            self.log.write(event, self.step, {"epoch": self.epochs, "samples": self.samples, **values, **times})
-
-    def _summary(self) -> dict[str, Any]:
-        assert self.evaluation is not None
-        communication = self._watch.average_over_ranks()
-        train_seconds = self._watch.train_seconds
-        return {
-            "world_size": self.comm.size,
-            "workers": self.comm.size,
-            "servers": 0,
-            "strategy": self.strategy.name,
-            "consensus": self.strategy.consensus_kind,
-            "backend": self.comm.backend,
-            "algorithm": self.comm.algorithm,
-            "steps": self.step,
-            "sharded_optimizer": self.strategy.sharded is not None,
-            "skipped_steps": self.strategy.skipped_steps(),
-            "epochs": self.epochs,
-            "samples": self.samples,
-            "global_batch_size": self.sampler.global_batch_size,
-            "train_loss": self._train_loss,
-            "test_loss": self.evaluation.test_loss,
-            "test_accuracy": self.evaluation.test_accuracy,
-            "target_accuracy": self.config.training.target_accuracy,
-            "target_loss": self.config.training.target_loss,
-            "reached_target": self.reached_target,
-            "train_seconds": train_seconds,
-            "wall_seconds": self._watch.wall_seconds,
-            "samples_per_second": self.samples / max(train_seconds, 1e-9),
-            **communication,
-            "seed": self.config.training.seed,
-            "parameters_sha256": common_sha256(self.strategy.model, self.comm),
-        }
+            everyone = self.strategy.everyone
+            with everyone.traffic.attributed("checkpoints"), self.comm.traffic.attributed("checkpoints"):
+                shared, own = self.state_dict()
+                self.strategy.before_checkpoint(self.step)
+                checkpoint.save(self.folder, self.step, shared, own, self.config.run.keep_checkpoints, everyone)

@@ -65,7 +65,7 @@ def test_toml_reads_back_to_an_equal_configuration_without_the_folders_of_the_ru
         (["--epochs", "0"], "--epochs: 0 is out of range; it must be at least 1"),
         (["--epochs", "1.5"], "--epochs: '1.5' is not a whole number"),
         (["--target-accuracy", "97"], "--target-accuracy: 97.0 is out of range; it must be more than 0 and at most 1"),
-        (["--strategy", "magic"], "--strategy: unknown value 'magic'; choose from sync, local"),
+        (["--strategy", "magic"], "--strategy: unknown value 'magic'; choose from sync, delayed, dmb"),
         (["--backend", "rdma"], "--backend: unknown value 'rdma'; choose from auto, mpi, nccl, gloo, horovod, single"),
         (["--timeout-seconds", "inf"], "--timeout-seconds: inf is out of range"),
         (["--lr"], "--lr: expected one argument"),

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator, ReduceOp
+from allreduce_sgd.gradients.clipping import clip_grad_norm_
 from allreduce_sgd.gradients.replicate import average_buffers, broadcast_tensors
 from allreduce_sgd.gradients.sharded import ShardedOptimizer
 from allreduce_sgd.optim.build import needs_closure
+from allreduce_sgd.strategies.pace import Pace
 from allreduce_sgd.strategies.precision import LossScaling
 
 __all__ = ["Share", "Strategy", "agree_on_buffers", "restored", "zero_loss"]
@@ -35,6 +37,8 @@ class Share:
     losses: Sequence[Callable[[nn.Module], Tensor]]
     samples: int
     global_samples: int
+    predictions: Sequence[Callable[[nn.Module], Tensor]] = ()
+    """Forward passes whose losses count in the figures, but from which nothing is learnt (method dmb)."""
 
     @property
     def weight(self) -> float:
@@ -50,10 +54,16 @@ class Strategy(ABC):
 
     name: str
     """The name of the method, as `--strategy` spells it."""
+    signal = "gradients"
+    """What ranks exchange in a step, for the figures of communication by cause."""
     consensus_kind: str
     """What the consensus model is, for the summary."""
     sharded: ShardedOptimizer | None = None
     """The optimizer, where every rank has only its share of it."""
+    pace: Pace | None = None
+    """What hands out mini-batches where every rank takes them at its own speed; None: all ranks step together."""
+    servers: int = 0
+    """How many ranks beside those of `comm` serve parameters."""
 
     def __init__(
         self,
@@ -74,6 +84,11 @@ class Strategy(ABC):
     def in_agreement(self) -> bool:
         """Whether all ranks must have the same parameters now, between two steps."""
         return True
+
+    @property
+    def everyone(self) -> Communicator:
+        """The communicator of all ranks of the job, those that serve included."""
+        return self.comm
 
     @abstractmethod
     def step(self, share: Share) -> None:
@@ -96,6 +111,21 @@ class Strategy(ABC):
         """Return the size of each of the buckets that ranks exchange; none on one rank alone."""
         return []
 
+    def measures(self) -> dict[str, float]:
+        """Return this rank's sums since this was called last, the same names on every rank. Called at logged steps."""
+        return {}
+
+    def figures(self, sums: Mapping[str, float]) -> dict[str, Any]:
+        """Return what metrics.jsonl shows of the `measures`, given their sums over all ranks."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """Return the method's own entries of summary.json. All ranks must call."""
+        return {}
+
+    def before_checkpoint(self, step: int) -> None:  # noqa: B027 - most methods have nobody to tell
+        """Have the ranks of `everyone` that do not train take part in the checkpoint of this step, which comes next."""
+
     def state_dict(self) -> dict[str, Any]:
         """Return what only this rank has, beside model and optimizer: tensors, numbers, strings, lists, dicts."""
         return {"buffers": {name: value.detach() for name, value in self.model.named_buffers()}}
@@ -106,8 +136,8 @@ class Strategy(ABC):
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
 
-    def restart(self) -> None:  # noqa: B027 - most methods have nothing to do here
-        """Go on from a consensus model just loaded where ranks have no saved state of their own to load."""
+    def restart(self, step: int) -> None:  # noqa: B027 - most methods have nothing to do here
+        """Go on from a consensus model just loaded, after so many steps, without a saved state of this rank's own."""
 
     def _apply(self, gradients: Callable[[], Tensor]) -> None:
         """Run `gradients`, which fills `.grad` and returns the loss, clip, and take the optimizer's step."""
@@ -137,7 +167,7 @@ class Strategy(ABC):
 
     def _clip(self, max_norm: float) -> None:
         """Scale the gradients down to this global norm if theirs is larger."""
-        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+        clip_grad_norm_(self.model.parameters(), max_norm)
 
     def _update(self) -> None:
         """Take the optimizer's step with the gradients as they are, or skip it where loss scaling says so."""

@@ -52,7 +52,7 @@ class Lars(optim.Optimizer):
         super().__init__(groups, {"lr": 5.0, "momentum": 0.9, "decay": 0.01, "trust": 0.01})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for one in group["params"]:
                 if one.grad is None:
@@ -72,7 +72,7 @@ class Lamb(optim.Optimizer):
         super().__init__(groups, {"lr": 0.05})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for one in group["params"]:
                 if one.grad is None:

@@ -1,0 +1,126 @@
+"""What a run tells of itself: lines of metrics.jsonl, what a person watching sees, and the summary."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from allreduce_sgd.config import Config
+from allreduce_sgd.display import Display, number
+from allreduce_sgd.gradients.replicate import common_sha256
+from allreduce_sgd.metrics import MetricsLog, Totals
+from allreduce_sgd.stopwatch import Stopwatch
+from allreduce_sgd.strategies.base import Strategy
+
+__all__ = ["Evaluation", "Position", "Report"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The consensus model on the whole test set: exact sums over all ranks, nothing padded."""
+
+    step: int
+    test_loss: float
+    test_accuracy: float | None
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training is: optimizer steps, passes over the training set, and samples of all ranks."""
+
+    step: int
+    epoch: float
+    samples: int
+
+
+class Report:
+    """Tells of the training of `strategy`; `log` is rank 0's, None elsewhere or for no log. Every rank has one."""
+
+    def __init__(self, strategy: Strategy, watch: Stopwatch, log: MetricsLog | None) -> None:
+        self._strategy = strategy
+        self._watch = watch
+        self._log = log
+        self._told_seconds = 0.0
+
+    def begin(self) -> None:
+        """Be told that training starts or goes on now."""
+        self._told_seconds = self._watch.train_seconds
+
+    def training(self, at: Position, totals: Totals, sums: Mapping[str, float], display: Display) -> None:
+        """Tell of the steps since this was called last: their totals, and the strategy's measures summed over ranks."""
+        seconds = self._watch.train_seconds
+        speed = totals.samples / max(seconds - self._told_seconds, 1e-9)
+        self._told_seconds = seconds
+        display.figures(at.step, totals.mean_loss, totals.accuracy, speed)
+        values = {
+            "loss": totals.mean_loss,
+            "accuracy": totals.accuracy,
+            "learning_rate": self._strategy.optimizer.param_groups[0]["lr"],
+            "samples_per_second": speed,
+            **self._watch.communication(),
+            "communication": self._watch.causes(),
+            **self._strategy.figures(sums),
+        }
+        if self._strategy.scaling is not None:
+            scaling = self._strategy.scaling
+            values |= {"loss_scale": scaling.scale, "skipped_steps": scaling.skipped_steps}
+        self._write("train", at, values)
+
+    def evaluation(
+        self, at: Position, evaluation: Evaluation, train_loss: float | None, display: Display | None
+    ) -> None:
+        """Tell of an evaluation; `display` None: only in metrics.jsonl."""
+        test_loss, test_accuracy = evaluation.test_loss, evaluation.test_accuracy
+        self._write("evaluation", at, {"test_loss": test_loss, "test_accuracy": test_accuracy})
+        if display is not None:
+            accuracy = "" if test_accuracy is None else f"   test accuracy {100 * test_accuracy:6.2f} %"
+            display.line(
+                f"step {at.step:6d}   epoch {at.epoch:7.2f}   train loss {number(train_loss)}   "
+                f"test loss {number(test_loss)}{accuracy}   {self._watch.train_seconds:8.2f} s"
+            )
+
+    def summary(
+        self,
+        at: Position,
+        config: Config,
+        evaluation: Evaluation,
+        train_loss: float | None,
+        global_batch_size: int,
+        reached_target: bool,
+    ) -> dict[str, Any]:
+        """Return what summary.json has. All ranks that train must call, with the model being the consensus."""
+        strategy, comm = self._strategy, self._strategy.comm
+        communication = self._watch.average_over_ranks()
+        train_seconds = self._watch.train_seconds
+        return {
+            "world_size": strategy.everyone.size,
+            "workers": comm.size,
+            "servers": strategy.servers,
+            "strategy": strategy.name,
+            "consensus": strategy.consensus_kind,
+            "backend": comm.backend,
+            "algorithm": comm.algorithm,
+            "steps": at.step,
+            "sharded_optimizer": strategy.sharded is not None,
+            "skipped_steps": strategy.skipped_steps(),
+            "epochs": at.epoch,
+            "samples": at.samples,
+            "global_batch_size": global_batch_size,
+            "train_loss": train_loss,
+            "test_loss": evaluation.test_loss,
+            "test_accuracy": evaluation.test_accuracy,
+            "target_accuracy": config.training.target_accuracy,
+            "target_loss": config.training.target_loss,
+            "reached_target": reached_target,
+            "train_seconds": train_seconds,
+            "wall_seconds": self._watch.wall_seconds,
+            "samples_per_second": at.samples / max(train_seconds, 1e-9),
+            **communication,
+            **strategy.summary(),
+            "seed": config.training.seed,
+            "parameters_sha256": common_sha256(strategy.model, comm),
+        }
+
+    def _write(self, event: str, at: Position, values: dict[str, Any]) -> None:
+        if self._log is not None:
+            times = {"train_seconds": self._watch.train_seconds, "wall_seconds": self._watch.wall_seconds}
+            self._log.write(event, at.step, {"epoch": at.epoch, "samples": at.samples, **values, **times})

@@ -1,0 +1,109 @@
+"""Every way to distribute SGD, through the trainer as users start it."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from allreduce_sgd.strategies.options import STRATEGIES
+from tests.launching import finish, mpirun, start
+from tests.test_resume import wait_for_step
+from tests.test_train import TRAIN, lines_of, summary_of, train
+
+# What each method needs to learn the digits in a few epochs of small mini-batches (block momentum on top of momentum does
+# not).
+FLAGS = {
+    "diloco": ["--period", "20", "--fragments", "2", "--delay", "3"],
+    "bmuf": ["--period", "4", "--momentum", "0"],
+    "adasum": ["--lr", "0.02"],
+    "server-async": ["--momentum", "0"],
+    "server-staleness": ["--momentum", "0"],
+    "hogwild": ["--momentum", "0"],
+}
+CONSENSUS = {"easgd": "centre", "gossip": "average", "hogwild": "shared", "server-sync": "servers"}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_learns(tmp_path: Path, strategy: str) -> None:
+    flags = ["--strategy", strategy, "--epochs", "6", "--batch-size", "8", *FLAGS.get(strategy, [])]
+    summary = train(3, tmp_path / "run", *flags)
+    servers = int(strategy.startswith("server"))
+    assert (summary["strategy"], summary["world_size"]) == (strategy, 3)
+    assert (summary["workers"], summary["servers"]) == (3 - servers, servers)
+    assert summary["test_accuracy"] > 0.9
+    assert CONSENSUS.get(strategy, "") in summary["consensus"]
+    assert summary["samples"] == 6 * 1438
+    logged = [line for line in lines_of(tmp_path / "run") if line["event"] == "train"]
+    samples = [line["samples"] for line in logged]
+    assert samples == sorted(samples)
+    if strategy != "hogwild":
+        causes = logged[-1]["communication"]
+        assert sum(figures["bytes"] for figures in causes.values()) > 0
+        assert set(causes["evaluation"]) == {"bytes", "seconds", "exposed_seconds"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--strategy", "delayed", "--delay", "2"],
+        ["--strategy", "diloco", "--period", "6", "--fragments", "2", "--delay", "2"],
+        ["--strategy", "server-sync", "--servers", "2"],
+    ],
+    ids=lambda flags: flags[1],
+)
+def test_resumed_in_the_midst_equals_undisturbed_bit_for_bit(tmp_path: Path, flags: list[str]) -> None:
+    flags = [*flags, "--batch-size", "8", "--checkpoint-every", "8"]
+    ranks = 4 if "server-sync" in flags else 3
+    whole = train(ranks, tmp_path / "whole", *flags, "--steps", "20")
+    train(ranks, tmp_path / "part", *flags, "--steps", "8")
+    done = mpirun(ranks, [*TRAIN, "--resume", str(tmp_path / "part"), "--steps", "20"])
+    assert done.status == 0, done.errors
+    resumed = summary_of(tmp_path / "part")
+    for key in ("steps", "samples", "parameters_sha256"):
+        assert resumed[key] == whole[key]
+
+
+@pytest.mark.parametrize("strategy", ["server-async", "hogwild", "easgd"])
+def test_ranks_at_their_own_pace_stop_and_go_on(tmp_path: Path, strategy: str) -> None:
+    flags = ["--strategy", strategy, "--model", "tests.parts:slow_model", "--log-every", "1", "--batch-size", "8"]
+    if strategy == "easgd":
+        flags += ["--servers", "1", "--period", "2"]
+    folder = tmp_path / "run"
+    process = start(
+        3, [*TRAIN, *flags, "--steps", "60", "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.03"}
+    )
+    wait_for_step(process, folder, 5)
+    process.send_signal(signal.SIGUSR1)
+    stopped = finish(process, time.monotonic(), 60)
+    assert stopped.status == 75, stopped.errors
+    done = mpirun(3, [*TRAIN, "--resume", str(folder)], environment={"TEST_STEP_SECONDS": "0"})
+    assert done.status == 0, done.errors
+    summary = summary_of(folder)
+    assert summary["steps"] == 60
+    workers = 3 if strategy == "hogwild" else 2
+    # An epoch has 1438.
+    assert (summary["workers"], summary["samples"]) == (workers, min(60 * 8 * workers, 1438))
+
+
+def test_a_straggler_holds_up_only_those_who_wait_for_it(tmp_path: Path) -> None:
+    shared = ["--model", "tests.parts:slow_model", "--steps", "30", "--batch-size", "8"]
+    pace = {"TEST_STEP_SECONDS": "0.03"}
+
+    def seconds(name: str, ranks: int, *flags: str) -> float:
+        summary = train(ranks, tmp_path / name, *shared, *flags, environment=pace)
+        return float(summary["train_seconds"])
+
+    sync = seconds("sync", 2, "--straggler", "1:4")
+    free = seconds("free", 3, "--strategy", "server-async", "--momentum", "0", "--straggler", "1:4")
+    # 30 steps of a straggler take 3.6 s of sleep; shared out to whoever is free they take less than half of that.
+    assert sync > 3.6
+    assert free < 0.75 * sync
+
+
+def test_the_noise_scale_is_told(tmp_path: Path) -> None:
+    summary = train(2, tmp_path / "run", "--epochs", "4", "--noise-scale", "1", "--batch-size", "8")
+    assert summary["noise_scale"] > 0
+    assert summary["recommended_batch_size"] >= 1
+    lines = [line for line in lines_of(tmp_path / "run") if line["event"] == "train"]
+    assert any(line.get("gradient_noise_scale") for line in lines)
