@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.strategies.options import LOCAL
 
 __all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "find_mpirun", "outcome_of", "train"]
 
@@ -107,12 +108,13 @@ class Task:
 
     def _flags(self, cell: Cell, seed: int) -> dict[str, str | int | float]:
         evaluate_every_steps = self.evaluate_every_samples // cell.global_batch_size
+        period = {"period": self.period} if cell.strategy in LOCAL else {}
         return {
             "dataset": self.dataset,
             "model": self.model,
             "hidden": self.hidden,
             "strategy": cell.strategy,
-            "period": self.period,
+            **period,
             "optimizer": "sgd",
             "momentum": _MOMENTUM,
             "lr": cell.lr,
@@ -133,9 +135,14 @@ class Task:
 
 
 def train(ranks: int, flags: Mapping[str, str | int | float], timeout_seconds: int) -> None:
-    """Run a training with these flags. Raises RunFailed, and ConfigError where it refuses the flags."""
+    """Run a training with these flags, of which True stands for one without a value.
+
+    Raises RunFailed, and ConfigError where it refuses the flags.
+    """
     launcher = [] if ranks == 1 else [*find_mpirun(), "-np", str(ranks)]
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in flags.items():
+        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     _execute([*launcher, sys.executable, "-m", "allreduce_sgd.train", *words], timeout_seconds)
 
 
