@@ -11,8 +11,8 @@ from tests.launching import finish, mpirun, start
 from tests.test_resume import wait_for_step
 from tests.test_train import TRAIN, lines_of, summary_of, train
 
-# What each method needs to learn the digits in a few epochs of small mini-batches (block momentum on top of momentum does
-# not).
+# What each method needs to learn the digits in a few epochs of small mini-batches (momentum of blocks on top of momentum
+# does not).
 FLAGS = {
     "diloco": ["--period", "20", "--fragments", "2", "--delay", "3"],
     "bmuf": ["--period", "4", "--momentum", "0"],
