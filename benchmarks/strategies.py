@@ -55,7 +55,7 @@ class Case:
 
 
 def _softsync(lr: float) -> list[Case]:
-    shared: Flags = {"strategy": "server-staleness", "servers": 1, "batch-size": 4, "momentum": 0.0, "lr": lr}
+    shared: Flags = {"strategy": "server-staleness", "batch-size": 4, "momentum": 0.0, "lr": lr, "steps": 500}
     return [
         Case(f"eta0 = {lr:g}", 17, {**shared, "no-staleness-lr": True}),
         Case(f"eta0 / staleness, eta0 = {lr:g}", 17, shared),
@@ -82,7 +82,7 @@ def _slowed(name: str, ranks: int, flags: Flags) -> list[Case]:
 _MLP_B16: Flags = {"strategy": "local", "batch-size": 16, "hidden": "512,512", "steps": 4000, "log-every": 1000}
 
 STUDIES: dict[str, list[Case]] = {
-    "staleness": [case for lr in (0.1, 0.4, 1.6) for case in _softsync(lr)],
+    "staleness": [case for lr in (0.01, 0.1) for case in _softsync(lr)],
     "elastic": [case for period in (1, 4, 16, 64) for case in _elastic(period)],
     "slowmo": [
         Case("local, period 12", 4, {"strategy": "local", "period": 12, "batch-size": 32, "lr": 0.05}),

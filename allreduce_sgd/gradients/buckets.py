@@ -113,13 +113,16 @@ def assign(
 
 
 def build_buckets(
-    parameters: Sequence[nn.Parameter], comm: Communicator, first_bytes: float, bucket_bytes: float
+    parameters: Sequence[nn.Parameter], comm: Communicator, first_bytes: float, bucket_bytes: float, spacing: int = 1
 ) -> list[Bucket]:
-    """Allocate the buckets of `parameters`. All ranks must call, with parameters of the same shapes and dtypes."""
+    """Allocate the buckets of `parameters`, whose slots begin at multiples of `spacing` elements.
+
+    All ranks must call, with parameters of the same shapes and dtypes.
+    """
     groups = [[parameters[index] for index in indices] for indices in assign(parameters, first_bytes, bucket_bytes)]
-    lengths = [(kind_of(members[0]), sum(member.numel() for member in members)) for members in groups]
+    lengths = [(kind_of(members[0]), sum(spaced(one.numel(), spacing) for one in members)) for members in groups]
     buffers = BucketMemory(comm).cut(lengths)
-    return [Bucket(members, buffer) for members, buffer in zip(groups, buffers, strict=True)]
+    return [Bucket(members, buffer, spacing) for members, buffer in zip(groups, buffers, strict=True)]
 
 
 def _slot(buffer: Tensor, start: int, parameter: nn.Parameter) -> Tensor:

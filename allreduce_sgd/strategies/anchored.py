@@ -138,6 +138,8 @@ class Anchored(Strategy):
         for fragment in self._fragments:
             fragment.land()
         self._reach_consensus()
+        for fragment in self._fragments:
+            fragment.release()
         self._begin()
 
     def measures(self) -> dict[str, float]:
@@ -163,7 +165,8 @@ class Anchored(Strategy):
         """Return the state of this rank, once exchanges under way have landed. All ranks must call."""
         return {
             **super().state_dict(),
-            "parameters": {name: value.detach() for name, value in self.model.named_parameters()},
+            # Copied, for they may lie in memory that other ranks read.
+            "parameters": {name: value.detach().clone() for name, value in self.model.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
             "seen": [self._step, self._samples, self._global_samples],
             "fragments": [fragment.state_dict() for fragment in self._fragments],
@@ -264,7 +267,8 @@ class Anchored(Strategy):
             if fragment.due == step:
                 fragment.due += self._period.at(step)
                 blocking = self._delay == 0 and not self._method.early
-                fragment.start(step + self._delay, (self._samples, self._global_samples), blocking)
+                measured = self._measured < len(self._fragments)
+                fragment.start(step + self._delay, (self._samples, self._global_samples), blocking, measured)
 
     def _take_over(self, index: int) -> None:
         fragment = self._fragments[index]

@@ -5,9 +5,10 @@ agree, so that little is lost. w_i are shares of samples, written as a quotient 
 (samples over a power of two, and the sum is divided by all samples over the same): weights that do not add up to 1 by
 half a unit in the last place would let the model grow or shrink a little with every exchange.
 
-Work without a codec and delay, for a plain average: one pass that writes w_i x_i into the communicator's memory, the
-all-reduce, and one that copies the mean into the parameters. Other methods, codecs and delays add one each for the
-anchor, the difference, and what was sent.
+For a plain average without codec and delay the parameters themselves lie in the communicator's memory and are reduced
+in place: where ranks have seen equally many samples, the all-reduce is all there is to do. Else there is a pass that
+writes w_i x_i into the communicator's memory, the all-reduce, and one that copies the mean into the parameters; other
+methods, codecs and delays add one each for the anchor, the difference, and what was sent.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from allreduce_sgd.comm.base import Communicator
+from allreduce_sgd.comm.base import Communicator, ReduceOp
 from allreduce_sgd.compression.base import Codec, CodecFactory
-from allreduce_sgd.gradients.buckets import Bucket, build_buckets
+from allreduce_sgd.gradients.buckets import SPACING, Bucket, build_buckets
 from allreduce_sgd.gradients.exchange import Flight, Rounds
 from allreduce_sgd.strategies.method import Method
 
@@ -73,7 +74,7 @@ class Fragment:
 
     `due` is the step at which the next exchange starts, `arrival` that at which the one under way is to be taken over,
     None if there is none. `base` tells the samples that there were when the exchange last taken over started, `started`
-    when the last one did.
+    when the last one did. `in_place`: the parameters lie in the communicator's memory, until `release`.
     """
 
     def __init__(
@@ -93,7 +94,12 @@ class Fragment:
         self._weighs_samples = method.weighs_samples
         self._flights: list[Flight] = []
         anchored = compression is not None or not method.averages
-        signals = build_buckets(parameters, comm, bucket_bytes, bucket_bytes)
+        self.in_place = not anchored and not keeps_sent
+        self._divisor = 1.0
+        signals = build_buckets(parameters, comm, bucket_bytes, bucket_bytes, SPACING if self.in_place else 1)
+        if self.in_place:
+            for signal in signals:
+                _move_into(signal)
         self.pieces = [
             Piece(
                 signal,
@@ -123,13 +129,23 @@ class Fragment:
         unit = 1 << (total - 1).bit_length()
         return samples / unit, total / unit
 
-    def start(self, arrival: int, now: Seen, blocking: bool) -> None:
-        """Send the parameters as they are. All ranks must call, with no exchange under way. `blocking`: it may wait."""
+    def start(self, arrival: int, now: Seen, blocking: bool, measured: bool) -> None:
+        """Send the parameters as they are. All ranks must call, with no exchange under way.
+
+        `blocking`: it may wait. `measured`: `squared_distance` will be asked for.
+        """
         self.arrival, self.started = arrival, now
         factor, divisor = self.weight(self.base, now)
+        # The all-reduce divides on its way.
+        equal = self.in_place and factor * self._comm.size == divisor
+        self._divisor = 1.0 if equal else divisor
         last = len(self.pieces) - 1
         for index, piece in enumerate(self.pieces):
-            if piece.codec is None:
+            if self.in_place:
+                piece.sent = Bucket(piece.signal.parameters, piece.signal.buffer.clone(), SPACING) if measured else None
+                if not equal:
+                    piece.signal.buffer.mul_(factor)
+            elif piece.codec is None:
                 fill(piece.signal, factor)
             else:
                 assert piece.anchor is not None
@@ -138,10 +154,11 @@ class Fragment:
                 ):
                     torch.sub(before, parameter, out=slot)
                 piece.signal.buffer.mul_(factor / divisor)
-            if piece.sent is not None:
+            if piece.sent is not None and not self.in_place:
                 torch._foreach_copy_(piece.sent.slots, piece.parameters)
             # The last one ends after all others.
-            self._flights.append(Flight(self._sum(piece, blocking and index == last)))
+            op = ReduceOp.AVERAGE if equal else ReduceOp.SUM
+            self._flights.append(Flight(self._sum(piece, op, blocking and index == last)))
 
     def advance(self) -> None:
         """Have exchanges of several rounds go on. All ranks must call, at the same points."""
@@ -156,9 +173,13 @@ class Fragment:
 
     def take_over(self, method: Method, lr: float) -> None:
         """Move the anchor and the parameters by the exchange under way, which has landed."""
-        _, divisor = self.weight(self.base, self.started)
+        divisor = self._divisor
         for piece in self.pieces:
-            if piece.anchor is not None:
+            if self.in_place:
+                piece.sent = None
+                if divisor != 1:
+                    piece.signal.buffer.div_(divisor)
+            elif piece.anchor is not None:
                 pull = piece.summed().buffer
                 if piece.codec is None:
                     pull = torch.sub(piece.anchor.buffer, piece.mean(divisor).buffer, out=piece.signal.buffer)
@@ -174,8 +195,15 @@ class Fragment:
 
         With a codec the mean is what the codecs let through of it. Two passes over memory.
         """
-        _, divisor = self.weight(self.base, self.started)
-        return sum(float(torch.linalg.vector_norm(_difference(piece, divisor))) ** 2 for piece in self.pieces)
+        return sum(float(torch.linalg.vector_norm(_difference(piece, self._divisor))) ** 2 for piece in self.pieces)
+
+    def release(self) -> None:
+        """Give the parameters private memory, which outlives the communicator. All ranks must call."""
+        self.land()
+        if self.in_place:
+            for parameter in self.parameters:
+                parameter.data = parameter.detach().clone()
+        self.in_place = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that it keeps, once what is under way has landed; tensors are not copied. All ranks must call."""
@@ -199,6 +227,7 @@ class Fragment:
         self.due, self.arrival = state["due"], state["arrival"]
         self.base = state["base"][0], state["base"][1]
         self.started = state["started"][0], state["started"][1]
+        _, self._divisor = self.weight(self.base, self.started) if self.arrival is not None else (0.0, 1.0)
         anchors = [piece.anchor.buffer for piece in self.pieces if piece.anchor is not None]
         momenta = [piece.momentum for piece in self.pieces]
         torch._foreach_copy_(anchors + momenta, state["anchors"] + state["momenta"])
@@ -210,11 +239,11 @@ class Fragment:
         for codec, saved in zip(self.codecs, state["codecs"], strict=True):
             codec.load_state_dict(saved)
 
-    def _sum(self, piece: Piece, blocking: bool) -> Rounds:
+    def _sum(self, piece: Piece, op: ReduceOp, blocking: bool) -> Rounds:
         if piece.codec is not None:
             piece.result, _ = yield from piece.codec.reduce(piece.signal.buffer, self._comm)
             return
-        work = self._comm.all_reduce(piece.signal.buffer, shared_result=True, blocking=blocking)
+        work = self._comm.all_reduce(piece.signal.buffer, op, shared_result=not self.in_place, blocking=blocking)
         yield work
         piece.result = work.wait()
 
@@ -247,6 +276,14 @@ def split_evenly(parameters: Sequence[nn.Parameter], parts: int) -> list[list[nn
         members[least].append(index)
         loads[least] += parameters[index].nbytes
     return [[parameters[index] for index in sorted(part)] for part in members]
+
+
+def _move_into(bucket: Bucket) -> None:
+    """Have the parameters of a bucket lie in it."""
+    with torch.no_grad():
+        torch._foreach_copy_(bucket.slots, list(bucket.parameters))
+    for parameter, slot in zip(bucket.parameters, bucket.slots, strict=True):
+        parameter.data = slot
 
 
 def _private(like: Bucket) -> Bucket:

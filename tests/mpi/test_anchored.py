@@ -670,3 +670,20 @@ def test_what_means_nothing_is_refused(comm: Communicator) -> None:
         anchored(comm, Elastic(comm.size), 4, compression=CompressionOptions("top-k"))
     with pytest.raises(ConfigError, match="--delay 1: an exchange of easgd lasts from one step to the next anyway"):
         anchored(comm, Elastic(comm.size), 4, delay=1)
+
+
+def test_plain_averages_reduce_parameters_where_they_lie(comm: Communicator) -> None:
+    if comm.size == 1:
+        pytest.skip("one rank alone exchanges nothing")
+    strategy = anchored(comm, Local(), 2)
+    (fragment,) = strategy._fragments
+    places = {slot.data_ptr() for piece in fragment.pieces for slot in piece.signal.slots}
+    assert {one.data_ptr() for one in strategy.model.parameters()} == places
+    # Equal shares need nothing but the all-reduce; unequal ones are weighed in place.
+    train(strategy, comm, 4, 4 * comm.size)
+    train(strategy, comm, 4, 4 * comm.size + 1)
+    assert {one.data_ptr() for one in strategy.model.parameters()} == places
+    strategy.finish()
+    assert not {one.data_ptr() for one in strategy.model.parameters()} & places
+    train(strategy, comm, 2, 4 * comm.size)
+    assert strategy.in_agreement
