@@ -5,6 +5,7 @@ rank ends all of them alike: one line from one rank, exit status 2.
 """
 
 import contextlib
+import dataclasses
 import os
 import signal
 import sys
@@ -168,7 +169,10 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         trace = Path(config.run.trace)
         topology.agree(lambda: check_trace_file(trace) if topology.rank == 0 else None)
     table = topology.agree(lambda: saved_choice(saved, topology.size, explicit))
-    comm = topology.agree(lambda: connect(topology, device, config.communication, table))
+    communication = config.communication
+    if communication.backend == "auto" and config.strategy.needs_messages and size > 1:
+        communication = dataclasses.replace(communication, backend="mpi")
+    comm = topology.agree(lambda: connect(topology, device, communication, table))
     role: Role | None = None
     try:
         if config.strategy.served:

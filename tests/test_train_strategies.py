@@ -1,7 +1,9 @@
 """Every way to distribute SGD, through the trainer as users start it."""
 
+import json
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,7 @@ from tests.launching import finish, mpirun, start
 from tests.test_resume import wait_for_step
 from tests.test_train import TRAIN, lines_of, summary_of, train
 
-# What each method needs to learn the digits in a few epochs of small mini-batches (momentum of blocks on top of momentum
-# does not).
+# What each method needs to learn the digits in a few epochs of small mini-batches.
 FLAGS = {
     "diloco": ["--period", "20", "--fragments", "2", "--delay", "3"],
     "bmuf": ["--period", "4", "--momentum", "0"],
@@ -24,17 +25,34 @@ FLAGS = {
 CONSENSUS = {"easgd": "centre", "gossip": "average", "hogwild": "shared", "server-sync": "servers"}
 
 
+def train_all(ranks: int, runs: Sequence[Sequence[str]]) -> None:
+    """Train with each of these flags, one after another in the same processes."""
+    done = mpirun(ranks, ["-m", "tests.several_trainings", json.dumps(runs)], timeout_seconds=400)
+    assert done.status == 0, f"{done.output}\n{done.errors}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of every strategy on 3 ranks."""
+    folder = tmp_path_factory.mktemp("strategies")
+    shared = ["--epochs", "6", "--batch-size", "8"]
+    train_all(
+        3,
+        [["--strategy", name, *shared, *FLAGS.get(name, []), "--output", str(folder / name)] for name in STRATEGIES],
+    )
+    return folder
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_learns(tmp_path: Path, strategy: str) -> None:
-    flags = ["--strategy", strategy, "--epochs", "6", "--batch-size", "8", *FLAGS.get(strategy, [])]
-    summary = train(3, tmp_path / "run", *flags)
+def test_every_strategy_learns(trained: Path, strategy: str) -> None:
+    summary = summary_of(trained / strategy)
     servers = int(strategy.startswith("server"))
     assert (summary["strategy"], summary["world_size"]) == (strategy, 3)
     assert (summary["workers"], summary["servers"]) == (3 - servers, servers)
     assert summary["test_accuracy"] > 0.9
     assert CONSENSUS.get(strategy, "") in summary["consensus"]
     assert summary["samples"] == 6 * 1438
-    logged = [line for line in lines_of(tmp_path / "run") if line["event"] == "train"]
+    logged = [line for line in lines_of(trained / strategy) if line["event"] == "train"]
     samples = [line["samples"] for line in logged]
     assert samples == sorted(samples)
     if strategy != "hogwild":
@@ -44,24 +62,35 @@ def test_every_strategy_learns(tmp_path: Path, strategy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("ranks", "runs"),
     [
-        ["--strategy", "delayed", "--delay", "2"],
-        ["--strategy", "diloco", "--period", "6", "--fragments", "2", "--delay", "2"],
-        ["--strategy", "server-sync", "--servers", "2"],
+        (
+            3,
+            [
+                ["--strategy", "delayed", "--delay", "2"],
+                ["--strategy", "diloco", "--period", "6", "--fragments", "2", "--delay", "2"],
+                ["--strategy", "local", "--period", "3"],
+                ["--strategy", "gossip", "--gossip", "push-sum"],
+                ["--strategy", "server-sync", "--server-tree", "1"],
+            ],
+        ),
+        (4, [["--strategy", "server-sync", "--servers", "2"], ["--strategy", "adasum"]]),
     ],
-    ids=lambda flags: flags[1],
+    ids=["3 ranks", "4 ranks"],
 )
-def test_resumed_in_the_midst_equals_undisturbed_bit_for_bit(tmp_path: Path, flags: list[str]) -> None:
-    flags = [*flags, "--batch-size", "8", "--checkpoint-every", "8"]
-    ranks = 4 if "server-sync" in flags else 3
-    whole = train(ranks, tmp_path / "whole", *flags, "--steps", "20")
-    train(ranks, tmp_path / "part", *flags, "--steps", "8")
-    done = mpirun(ranks, [*TRAIN, "--resume", str(tmp_path / "part"), "--steps", "20"])
-    assert done.status == 0, done.errors
-    resumed = summary_of(tmp_path / "part")
-    for key in ("steps", "samples", "parameters_sha256"):
-        assert resumed[key] == whole[key]
+def test_resumed_in_the_midst_equals_undisturbed_bit_for_bit(tmp_path: Path, ranks: int, runs: list[list[str]]) -> None:
+    todo = []
+    for number, flags in enumerate(runs):
+        shared = [*flags, "--batch-size", "8", "--checkpoint-every", "8"]
+        whole, part = str(tmp_path / f"whole{number}"), str(tmp_path / f"part{number}")
+        todo.append([*shared, "--steps", "20", "--output", whole])
+        todo.append([*shared, "--steps", "8", "--output", part])
+        todo.append(["--resume", part, "--steps", "20"])
+    train_all(ranks, todo)
+    for number, flags in enumerate(runs):
+        undisturbed, resumed = (summary_of(tmp_path / f"{name}{number}") for name in ("whole", "part"))
+        for key in ("steps", "samples", "parameters_sha256"):
+            assert resumed[key] == undisturbed[key], flags
 
 
 @pytest.mark.parametrize("strategy", ["server-async", "hogwild", "easgd"])

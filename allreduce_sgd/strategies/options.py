@@ -154,6 +154,11 @@ class StrategyOptions:
         return self.strategy in SERVED or (self.strategy == "easgd" and self.server_ranks > 0)
 
     @property
+    def needs_messages(self) -> bool:
+        """Whether ranks send one another messages, or share memory, which not all back ends can."""
+        return self.served or self.strategy in ("adasum", "gossip", "hogwild")
+
+    @property
     def late(self) -> int:
         """The delay in force, in steps."""
         return self.delay if self.delay is not None else int(self.strategy == "delayed")

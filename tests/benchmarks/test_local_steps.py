@@ -1,0 +1,28 @@
+"""Steps of local SGD against steps without communication: the table, and a run on two ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.local_steps import main, table
+from tests.launching import mpirun
+
+
+def test_the_record_of_two_ranks(tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    flags = ["--periods", "2,4", "--steps", "8", "--rounds", "2", "--json", str(record)]
+    done = mpirun(2, ["-m", "benchmarks.local_steps", *flags])
+    assert done.status == 0, done.errors
+    never, two, four = json.loads(record.read_text())["rows"]
+    assert (never["period"], two["period"], four["period"]) == (None, 2, 4)
+    assert never["ratio"] == 1
+    assert never["sent_bytes"] < 100
+    # 8 steps have 4 exchanges or 2; each comes after a barrier, which costs some bytes.
+    assert two["sent_bytes"] == pytest.approx(2 * four["sent_bytes"], rel=0.01)
+    assert table([never, two, four]).splitlines()[2].split()[1] == "never"
+
+
+def test_bad_arguments_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--workloads", "gpt"]) == 2
+    assert "--workloads: unknown value 'gpt'" in capsys.readouterr().err
