@@ -43,9 +43,10 @@ def check_same_configuration(topology: Topology, config: Config) -> None:
 def count_workers(config: Config, ranks: int) -> int:
     """Return how many of the ranks train; the others serve parameters."""
     options = config.strategy
-    if options.slow_rank is not None and options.slow_rank[0] >= ranks:
-        raise ConfigError(f"--straggler {options.straggler}: there are only {_count(ranks, 'rank')}, from 0 on")
-    return ranks - server_count(options, ranks) if options.served else ranks
+    workers = ranks - server_count(options, ranks) if options.served else ranks
+    if options.slow_rank is not None and options.slow_rank[0] >= workers:
+        raise ConfigError(f"--straggler {options.straggler}: the ranks that train are 0 to {workers - 1}")
+    return workers
 
 
 def check_fit(model: nn.Module, loss: Loss, dataset: Dataset, device: torch.device) -> None:
@@ -94,11 +95,13 @@ def check_shares(config: Config, workers: int, sampler: Sampler, total_steps: in
             f"{_count(workers, 'rank')} and {_count(rounds, 'round')} of --accumulate; choose another "
             f"--batch-size or --global-batch-size"
         )
-    if config.strategy.late > total_steps:
-        raise ConfigError(
-            f"--delay {config.strategy.late}: the run has only {_count(total_steps, 'step')}; choose at most "
-            f"{total_steps}, or a longer run"
-        )
+    options = config.strategy
+    for flag, steps in (("delay", options.late), ("push", options.push), ("fetch", options.fetch)):
+        if steps > max(1, total_steps):
+            raise ConfigError(
+                f"--{flag} {steps}: the run has only {_count(total_steps, 'step')}; choose at most {total_steps}, or a "
+                f"longer run"
+            )
 
 
 def check_strategy(config: Config, ranks: int, model: nn.Module) -> None:

@@ -23,7 +23,7 @@ Without mpirun it trains on one rank, without flags on a small data set in secon
 metrics.jsonl, summary.json and checkpoints into its --output folder."""
 _EPILOG = """\
 Every flag may stand in a TOML file given by --config, under its own name (batch-size = 64); flags override the file.
-SIGUSR1 to any rank has all of them write a checkpoint at the next logged step and stop, to go on with --resume.
+SIGUSR1 to any rank that trains has all write a checkpoint at the next logged step and stop, to go on with --resume.
 Exit status: 0 done, 1 failed, 2 bad arguments or configuration, 75 stopped by SIGUSR1."""
 
 
@@ -83,10 +83,12 @@ def parse(arguments: Sequence[str]) -> tuple[Config, frozenset[str]]:
         values = read_toml(resumed_folder(flags["resume"]) / "config.toml", "--resume")
     elif file is not None:
         values = read_toml(Path(file), "--config")
-    for first, second in (("epochs", "steps"), ("batch-size", "global-batch-size")):
-        for flag, other in ((first, second), (second, first)):
-            if flag in flags and other not in flags:
-                values.pop(other, None)
+    for group in (("epochs", "steps"), ("batch-size", "global-batch-size", "full-batch")):
+        for flag in group:
+            if flags.get(flag):
+                for other in group:
+                    if other not in flags:
+                        values.pop(other, None)
     return config_from({**values, **flags}), frozenset(flags)
 
 

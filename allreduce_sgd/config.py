@@ -44,7 +44,7 @@ class TrainingOptions:
     precision: str = option(
         "fp32",
         "fp32, or automatic mixed precision in bf16 or fp16, where parameters and gradients stay fp32; fp16 scales the "
-        "loss, and skips steps whose gradients overflow: all ranks together, in strategy local each rank by itself",
+        "loss, and skips steps whose gradients overflow: all ranks together, where ranks step alone each by itself",
         choices=PRECISIONS,
     )
     target_accuracy: float | None = option(
@@ -76,7 +76,8 @@ class RunOptions:
     tensorboard: bool = option(False, "write TensorBoard event files too (needs the package tensorboard)")
     trace: str | None = option(
         None,
-        "write a timeline of one early step of all ranks here, a Chrome trace for ui.perfetto.dev",
+        "write a timeline of one early step of all ranks that train here, with their collectives: a Chrome trace for "
+        "ui.perfetto.dev",
         metavar="FILE",
     )
 
@@ -219,9 +220,6 @@ def _reconciled(config: Config) -> Config:
     if config.model.model == "sparse-logistic" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
         # Momentum would go on moving every feature that was ever met.
         config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, momentum=0.0))
-    if config.strategy.strategy == "dmb" and config.strategy.predict is None:
-        predict = config.training.batch_size or 32
-        config = dataclasses.replace(config, strategy=dataclasses.replace(config.strategy, predict=predict))
     return config
 
 
@@ -229,9 +227,13 @@ def _check_strategy(config: Config) -> None:
     """Raise ConfigError for a flag that the strategy does not have, or for what it cannot be combined with."""
     options, gradients = config.strategy, config.gradients
     name = options.strategy
+    if gradients.sync_batch_norm and name not in _STATISTICS:
+        raise ConfigError(
+            f"--sync-batch-norm: --strategy {name} has no use for it, only {', '.join(_STATISTICS)}, whose ranks step "
+            f"together"
+        )
     of_sync = {
         "shard-optimizer": gradients.shard_optimizer,
-        "sync-batch-norm": gradients.sync_batch_norm,
         "static-graph": gradients.static_graph,
         "no-find-unused-parameters": not gradients.find_unused_parameters,
     }
@@ -245,8 +247,9 @@ def _check_strategy(config: Config) -> None:
         if name not in owners and flat[option] != defaults[option]:
             raise ConfigError(f"--{flag}: --strategy {name} has no use for it, only {', '.join(owners)}")
     options.slowed_by(0)  # refuses what is not of the form R:F
-    if gradients.check_sync is not None and name == "hogwild":
-        raise ConfigError("--check-sync: in strategy hogwild all ranks have the same parameters, which never rest")
+    never_equal = options.asynchronous or name in ("gossip", "easgd") or (name in LOCAL and options.late > 0)
+    if gradients.check_sync is not None and never_equal:
+        raise ConfigError(f"--check-sync: ranks of --strategy {name} do not hold the same parameters between two steps")
     codec = config.compression.compression
     if codec == "dgc" and name in LOCAL:
         raise ConfigError(f"--compression dgc: it corrects the momentum of gradients, and {name} sends parameters")
@@ -254,6 +257,7 @@ def _check_strategy(config: Config) -> None:
         raise ConfigError(f"--compression {codec}: --strategy {name} {_NO_CODEC[name]}")
 
 
+_STATISTICS = ("sync", "delayed", "dmb", "server-sync")
 _NO_CODEC = {
     "adasum": "combines whole gradients",
     "gossip": "averages whole models of neighbours",

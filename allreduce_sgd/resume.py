@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.config import Config, config_from
 from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.strategies.options import OUTER
 
 if TYPE_CHECKING:
     from allreduce_sgd.checkpoint import Checkpoint
@@ -16,7 +17,7 @@ __all__ = ["differences", "find_checkpoint", "resumed_config", "saved_choice"]
 _CHANGEABLE = frozenset(
     "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
     "tensorboard trace backend algorithm deterministic verbose timeout-seconds device threads data-dir shard-optimizer "
-    "find-unused-parameters static-graph check-finite check-sync".split()
+    "find-unused-parameters static-graph check-finite check-sync straggler noise-scale".split()
 )
 _BUCKET_SIZES = frozenset({"bucket-mb", "first-bucket-mb"})
 
@@ -44,9 +45,12 @@ def resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, An
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in explicit:
             values[other] = None
-    if not same_size:
+    if not same_size and not before.get("full-batch"):
         # So that config.toml, run again on these ranks, is the same training.
         values["batch-size"], values["global-batch-size"] = None, saved["global_batch_size"]
+    if not same_size:
+        # Of ranks that may not be there, and of more than one.
+        values |= {name: None for name in ("straggler", "noise-scale") if name not in explicit}
     return config_from(values)
 
 
@@ -78,4 +82,9 @@ def differences(saved: dict[str, Any], config: Config, comm: "Communicator") -> 
     told = f" (sums will round differently: {', '.join(changes)})" if changes else ""
     if config.compression.compression != "none" and saved["world_size"] != comm.size:
         told += " (what compression had left to send is lost: it belonged to other ranks)"
+    if saved["world_size"] != comm.size:
+        if config.strategy.served:
+            told += " (the servers' optimizers begin afresh)"
+        elif config.strategy.strategy in OUTER:
+            told += " (the outer optimizer begins afresh)"
     return told

@@ -142,8 +142,8 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     _download(topology, config)
     dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
     batch = topology.agree(lambda: global_batch_size(config, workers, dataset, saved))
-    batch += config.strategy.predicted(workers)
-    sampler = build_sampler(config.data.sampling, len(dataset.train), batch, config.training.seed)
+    predicted = int(saved["predicted"]) if saved else config.strategy.predicted(workers, batch)
+    sampler = build_sampler(config.data.sampling, len(dataset.train), batch + predicted, config.training.seed)
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
     topology.agree(lambda: check_shares(config, workers, sampler, total_steps))
     torch.manual_seed(config.training.seed)
@@ -207,7 +207,19 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         with log or contextlib.nullcontext():
             schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps)
             trainer = Trainer(
-                config, peers, device, dataset, loss, strategy, schedule, sampler, total_steps, folder, log, stop
+                config,
+                peers,
+                device,
+                dataset,
+                loss,
+                strategy,
+                schedule,
+                sampler,
+                total_steps,
+                predicted,
+                folder,
+                log,
+                stop,
             )
             if checkpoint is not None:
                 trainer.load_state_dict(saved, own)
@@ -289,7 +301,7 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: i
         f"strategy {trainer.strategy.name}{', optimizer sharded' if trainer.strategy.sharded else ''}\n"
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
         f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
-        f"mini-batch {trainer.sampler.global_batch_size}; {trainer.total_steps:,} steps\n"
+        f"mini-batch {trainer.global_batch_size}; {trainer.total_steps:,} steps\n"
         f"results in {folder}",
     )
     if config.communication.verbose:

@@ -38,8 +38,8 @@ class Trainer:
     """Trains by `strategy` until the configured end. All ranks that train construct it and call `fit` together.
 
     `folder` is where checkpoints go, None for none; `log` is rank 0's, None on other ranks or for no log;
-    `total_steps` is the end, in optimizer steps. Where `stop_asked` says yes on any rank at a logged step, all ranks
-    write a checkpoint and stop.
+    `total_steps` is the end, in optimizer steps, `predicted` how many samples of a step are only predicted. Where
+    `stop_asked` says yes on any rank at a logged step, all ranks write a checkpoint and stop.
     """
 
     def __init__(
@@ -53,6 +53,7 @@ class Trainer:
         schedule: LambdaLR,
         sampler: Sampler,
         total_steps: int,
+        predicted: int,
         folder: Path | None,
         log: MetricsLog | None,
         stop_asked: Callable[[], bool] = lambda: False,
@@ -66,6 +67,7 @@ class Trainer:
         self.schedule = schedule
         self.sampler = sampler
         self.total_steps = total_steps
+        self.predicted = predicted
         self.folder = folder
         self.stop_asked = stop_asked
         self.step = 0
@@ -132,12 +134,13 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "global_batch_size": self.global_batch_size,
+            "predicted": self.predicted,
             "threads": torch.get_num_threads(),
             "world_size": self.strategy.everyone.size,
             "servers": self.strategy.servers,
             "backend": self.comm.backend,
             "algorithm": self.comm.algorithm,
-            "algorithm_table": self.comm.algorithm_table,
+            "algorithm_table": self.strategy.everyone.algorithm_table,
             "configuration": self.config.flat(),
             "watch": self._watch.state_dict(),
             "epoch_totals": list(vars(self._epoch_totals).values()),
@@ -223,38 +226,44 @@ class Trainer:
     @property
     def global_batch_size(self) -> int:
         """The samples of all ranks from whose gradients a step is made."""
-        return self.sampler.global_batch_size - self.config.strategy.predicted(self.comm.size)
+        return self.sampler.global_batch_size - self.predicted
 
     def _train_at_own_pace(self, pace: Pace, display: Display) -> None:
         """Take steps, as many as this rank comes to, up to the next at which all ranks are needed."""
-        first, until = self.step, self._next_due()
-        if first % self.sampler.steps_per_epoch == 0:
+        first, until, samples = self.step, self._next_due(), self.samples
+        in_epoch = self.sampler.steps_per_epoch
+        if first % in_epoch == 0:
             self._epoch_totals = Totals()
         before = self._epoch_totals
         logged = Totals()
         pace.open(first, until)
         while (ticket := pace.take(self._feed.tally.take(self.stop_asked()).tolist())) is not None:
+            self._set_rate(ticket.step)
             if ticket.step > self.step:
                 display.step(ticket.step - self.step)
+                every = self.config.run.log_every
+                # A slow rank may see no ticket of the very step.
+                due = ticket.step // every > self.step // every
                 self.step = ticket.step
-                if self.step % self.config.run.log_every == 0:
+                if due:
                     totals, _ = Totals.of(pace.totals)
+                    self.samples = samples + totals.samples
                     self._report.training(self._position, totals - logged, {}, display)
                     logged = totals
-            self._set_rate(ticket.step)
-            epoch, position = divmod(ticket.step, self.sampler.steps_per_epoch)
+            epoch, position = divmod(ticket.step, in_epoch)
             indices = self.sampler.indices(epoch, position, ticket.part, self.comm.size)
             self._take_step(ticket.step, self._feed.share(indices, self.sampler.global_count(position)))
         stood = pace.close()
         display.step(stood - self.step)
         self.step = stood
         self._set_rate(stood)
-        in_epoch = self.sampler.steps_per_epoch
-        self.samples += sum(self.sampler.global_count(step % in_epoch) for step in range(first, stood))
+        self.samples = samples + sum(self.sampler.global_count(step % in_epoch) for step in range(first, stood))
         totals, self.preempted = Totals.of(pace.totals)
         self._epoch_totals = before + totals
-        self._train_loss = self._epoch_totals.mean_loss
-        _, _, sums = self._feed.tally.reduce(self.comm, measures=self.strategy.measures())
+        if stood % in_epoch == 0 or self._train_loss is None or stood < in_epoch:
+            self._train_loss = self._epoch_totals.mean_loss
+        with self.comm.traffic.attributed("logging"):
+            _, _, sums = self._feed.tally.reduce(self.comm, measures=self.strategy.measures())
         self._report.training(self._position, totals - logged, sums, display)
 
     def _next_due(self) -> int:

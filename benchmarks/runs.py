@@ -21,7 +21,7 @@ from typing import Any
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.strategies.options import LOCAL
 
-__all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "find_mpirun", "outcome_of", "train"]
+__all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "check_same", "find_mpirun", "outcome_of", "train"]
 
 _MOMENTUM = 0.9
 _ENDING_SECONDS = 10
@@ -98,7 +98,7 @@ class Task:
         )
         flags = self._flags(cell, seed)
         if folder.exists():
-            _check_same(folder, flags)
+            check_same(folder, flags)
         else:
             unfinished = folder.with_name(f"{folder.name}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -196,13 +196,14 @@ def outcome_of(folder: Path, cell: Cell, seed: int, target_accuracy: float) -> O
     )
 
 
-def _check_same(folder: Path, flags: dict[str, str | int | float]) -> None:
+def check_same(folder: Path, flags: Mapping[str, str | int | float]) -> None:
     """Raise ConfigError where the finished run in `folder` had other flags than these."""
     try:
         had: dict[str, Any] = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as problem:
         raise ConfigError(f"--output: {folder} is there, but is not the folder of a run: {problem}") from problem
-    for name, value in flags.items():
+    for flag, given in flags.items():
+        name, value = (flag.removeprefix("no-"), False) if flag not in had and given is True else (flag, given)
         if had.get(name) != value:
             raise ConfigError(
                 f"--output: the run in {folder} has --{name} {had.get(name)}, not {value}; name another folder"

@@ -21,10 +21,11 @@ no better than guessing, has diverged.
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.strategies.options import STRATEGIES
 from benchmarks.arguments import Parser, check_writable, names, positive_int
 from benchmarks.record import write_record
-from benchmarks.runs import RunFailed, find_mpirun, train
+from benchmarks.runs import RunFailed, check_same, find_mpirun, train
 from benchmarks.table import format_number, format_range, format_table
 
 __all__ = ["STUDIES", "Case", "main", "rows_of", "table"]
@@ -85,8 +86,9 @@ STUDIES: dict[str, list[Case]] = {
     "staleness": [case for lr in (0.01, 0.1) for case in _softsync(lr)],
     "elastic": [case for period in (1, 4, 16, 64) for case in _elastic(period)],
     "slowmo": [
-        Case("local, period 12", 4, {"strategy": "local", "period": 12, "batch-size": 32, "lr": 0.05}),
-        Case("slowmo, period 12", 4, {"strategy": "slowmo", "period": 12, "batch-size": 32, "lr": 0.05}),
+        Case(f"{name}, lr {lr:g}", 4, {"strategy": name, "period": 12, "batch-size": 32, "lr": lr})
+        for lr in (0.01, 0.05)
+        for name in ("local", "slowmo")
     ],
     "post-local": [
         Case("sync, batch 2048", 4, {"strategy": "sync", "batch-size": 512, "lr": 0.2, "lr-schedule": "step"}),
@@ -120,25 +122,23 @@ STUDIES: dict[str, list[Case]] = {
 
 def main(arguments: Sequence[str]) -> int:
     """Run the studies, and return the exit status: 0, 1 where a run failed, 2 for bad arguments."""
+    rows = []
     try:
         options = _parse(arguments)
-        summaries = _run_all(options)
+        for study, cases in _run_all(options):
+            found = rows_of(study, cases)
+            print(
+                f"{study}: {options.model} on {options.dataset}, {options.seeds} seeds\n\n{table(found)}\n", flush=True
+            )
+            rows += found
     except ConfigError as problem:
         print(f"strategies: error: {problem}", file=sys.stderr, flush=True)
         return 2
     except RunFailed as problem:
         print(f"strategies: a run {problem}", file=sys.stderr, flush=True)
         return 1
-    rows = []
-    for study, cases in summaries.items():
-        found = rows_of(study, cases)
-        print(
-            f"{study}: {options.model} on {options.dataset}, {options.epochs} epochs, {options.seeds} seeds\n\n"
-            f"{table(found)}\n"
-        )
-        rows += found
     if options.json is not None:
-        shared = {"dataset": options.dataset, "model": options.model, "epochs": options.epochs}
+        shared = {"dataset": options.dataset, "model": options.model}
         write_record(options.json, "strategies", arguments, [{**shared, **row} for row in rows])
     return 0
 
@@ -152,6 +152,8 @@ def rows_of(study: str, cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
             "strategy": runs[0]["strategy"],
             "workers": runs[0]["workers"],
             "servers": runs[0]["servers"],
+            "steps": runs[0]["steps"],
+            "epochs": runs[0]["epochs"],
             "test_accuracies": [run["test_accuracy"] for run in runs],
             "train_losses": [run["train_loss"] for run in runs],
             "diverged": sum(_diverged(run) for run in runs),
@@ -164,11 +166,22 @@ def rows_of(study: str, cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    header = ["case", "workers", "accuracy, %", "training loss", "diverged", "samples/s", "kB per step", "staleness"]
+    header = [
+        "case",
+        "workers",
+        "epochs",
+        "accuracy, %",
+        "training loss",
+        "diverged",
+        "samples/s",
+        "kB per step",
+        "staleness",
+    ]
     lines = [
         [
             row["case"],
             str(row["workers"]),
+            format_number(row["epochs"]),
             format_range([100 * accuracy for accuracy in row["test_accuracies"]]),
             format_range([float("inf") if loss is None else loss for loss in row["train_losses"]]),
             f"{row['diverged']}/{len(row['test_accuracies'])}",
@@ -190,42 +203,47 @@ def _bytes_per_step(runs: Sequence[Mapping[str, Any]]) -> float | None:
     return statistics.median(counted) if counted else None
 
 
-def _run_all(options: argparse.Namespace) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    todo = [
-        (study, place, seed)
-        for study in options.studies
-        for seed in range(options.seeds)
-        for place in range(len(STUDIES[study]))
-    ]
-    summaries: dict[str, dict[str, list[dict[str, Any]]]] = {
-        study: {case.name: [] for case in STUDIES[study]} for study in options.studies
-    }
-    with tqdm(todo, unit="run", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for study, place, seed in bar:
-            case = STUDIES[study][place]
-            bar.set_postfix_str(f"{study}: {case.name}, seed {seed}")
-            folder = options.output / f"{study}-{place}-seed{seed}"
-            if not (folder / "summary.json").exists():
-                # What an interrupted run left behind.
-                shutil.rmtree(folder, ignore_errors=True)
-                train(case.ranks, _flags(options, case, seed, folder), options.timeout_seconds)
-            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-            summaries[study][case.name].append(summary)
-    return summaries
+def _run_all(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]:
+    """Yield each study with the summaries of its cases, once all its runs are there."""
+    total = options.seeds * sum(len(STUDIES[study]) for study in options.studies)
+    with tqdm(total=total, unit="run", leave=False, disable=not sys.stderr.isatty()) as bar:
+        for study in options.studies:
+            summaries: dict[str, list[dict[str, Any]]] = {case.name: [] for case in STUDIES[study]}
+            for seed in range(options.seeds):
+                for case in STUDIES[study]:
+                    bar.set_postfix_str(f"{study}: {case.name}, seed {seed}")
+                    summaries[case.name].append(_run(options, study, case, seed))
+                    bar.update()
+            yield study, summaries
 
 
-def _flags(options: argparse.Namespace, case: Case, seed: int, folder: Path) -> Flags:
+def _run(options: argparse.Namespace, study: str, case: Case, seed: int) -> dict[str, Any]:
+    """Train, unless a finished run with these flags is there, and return its summary."""
+    name = re.sub(r"[^a-z0-9.]+", "-", case.name.lower())
+    folder = options.output / f"{study}-{name}-seed{seed}"
+    flags = _flags(options, case, seed)
+    if (folder / "summary.json").exists():
+        check_same(folder, flags)
+    else:
+        # What an interrupted run left behind.
+        shutil.rmtree(folder, ignore_errors=True)
+        train(case.ranks, {**flags, "output": str(folder)}, options.timeout_seconds)
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
+
+
+def _flags(options: argparse.Namespace, case: Case, seed: int) -> Flags:
     length: Flags = {} if "steps" in case.flags else {"epochs": options.epochs}
     places: Flags = {} if options.data_dir is None else {"data-dir": str(options.data_dir)}
     fixed: Flags = {"dataset": options.dataset, "model": options.model, "threads": 1, "device": "cpu", "seed": seed}
-    return {**fixed, **places, **length, "log-every": 100, **case.flags, "output": str(folder)}
+    return {**fixed, **places, **length, "log-every": 100, **case.flags}
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("strategies", "Compare the ways to distribute SGD; it starts mpirun itself.")
     add = parser.add_argument
     add("--studies", default=",".join(STUDIES), metavar="NAMES", help=f"of {', '.join(STUDIES)}")
-    add("--dataset", default="digits", metavar="NAME", help="data set, as for training")
+    add("--dataset", default="fashion-mnist", metavar="NAME", help="data set, as for training")
     add("--data-dir", type=Path, metavar="DIR", help="folder with the data set's files")
     add("--model", default="mlp", metavar="NAME", help="model, as for training")
     add("--epochs", type=positive_int, default=5, metavar="N", help="passes over the training set")

@@ -47,7 +47,10 @@ CASES = [
     (["--shard-optimizer", "--model", "tests.parts:sparse_model"], "--shard-optimizer: the model has embeddings"),
     (["--shard-optimizer", "--strategy", "local"], "--shard-optimizer: only --strategy sync can do it"),
     (["--no-find-unused-parameters", "--strategy", "local"], "--no-find-unused-parameters: only --strategy sync"),
-    (["--sync-batch-norm", "--strategy", "local"], "--sync-batch-norm: only --strategy sync"),
+    (
+        ["--sync-batch-norm", "--strategy", "local"],
+        "--sync-batch-norm: --strategy local has no use for it, only sync, delayed",
+    ),
     (["--sync-batch-norm", "--model", "tests.parts:own_norm_model"], "--sync-batch-norm: convert_sync_batchnorm"),
     (
         ["--sync-batch-norm", "--global-batch-size", "1437", "--accumulate", "2"],
@@ -61,8 +64,9 @@ CASES = [
     (["--strategy", "post-local", "--switch", "soon"], "--switch soon:"),
     (["--strategy", "server-async", "--servers", "3"], "--servers 3: 1 rank started, and at least one beside the"),
     (["--strategy", "server-sync", "--servers", "0"], "--servers 0:"),
+    (["--strategy", "gossip", "--check-sync", "2"], "--check-sync: ranks of --strategy gossip do not hold the same"),
     (["--straggler", "1"], "--straggler 1: give R:F, a rank from 0 on and a factor of at least 1"),
-    (["--straggler", "7:2"], "--straggler 7:2: there are only"),
+    (["--straggler", "7:2"], "--straggler 7:2: the ranks that train are 0 to"),
     (["--noise-scale", "5", "--strategy", "local"], "--noise-scale: --strategy local has no use for it, only sync"),
     (["--compression", "sign", "--strategy", "adasum"], "--compression sign: --strategy adasum combines whole"),
     (["--sampling", "random"], "--sampling: unknown value 'random'; choose from epoch, uniform, replacement"),

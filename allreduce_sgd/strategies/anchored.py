@@ -102,6 +102,7 @@ class Anchored(Strategy):
         self._averages = [StateAverage(optimizer, fragment.parameters, comm) for fragment in self._fragments]
         self._step = self._samples = self._global_samples = 0
         self._next: int | None = None
+        self._even = True
         self._squared_distance = 0.0
         self._measured = 0
         self._begin()
@@ -120,6 +121,8 @@ class Anchored(Strategy):
         self._step += 1
         self._samples += share.samples
         self._global_samples += share.global_samples
+        # Of what all ranks know alone, for it decides how they reduce.
+        self._even &= share.global_samples % self.comm.size == 0
         if due:
             self._act()
 
@@ -168,7 +171,7 @@ class Anchored(Strategy):
             # Copied, for they may lie in memory that other ranks read.
             "parameters": {name: value.detach().clone() for name, value in self.model.named_parameters()},
             "optimizer": self.optimizer.state_dict(),
-            "seen": [self._step, self._samples, self._global_samples],
+            "seen": [self._step, self._samples, self._global_samples, int(self._even)],
             "fragments": [fragment.state_dict() for fragment in self._fragments],
             "scaling": None if self.scaling is None else self.scaling.state_dict(),
         }
@@ -179,7 +182,8 @@ class Anchored(Strategy):
         self.optimizer.load_state_dict(state["optimizer"])
         for name, parameter in self.model.named_parameters():
             parameter.copy_(state["parameters"][name])
-        self._step, self._samples, self._global_samples = state["seen"]
+        self._step, self._samples, self._global_samples, even = state["seen"]
+        self._even = bool(even)
         for fragment, saved in zip(self._fragments, state["fragments"], strict=True):
             fragment.load_state_dict(saved)
         for average in self._averages:
@@ -192,6 +196,7 @@ class Anchored(Strategy):
         """Go on from a consensus model just loaded, after this many steps; the outer optimizer begins afresh."""
         self._step = step
         self._samples = self._global_samples = 0
+        self._even = True
         for fragment in self._fragments:
             fragment.land()
             for piece in fragment.pieces:
@@ -268,7 +273,10 @@ class Anchored(Strategy):
                 fragment.due += self._period.at(step)
                 blocking = self._delay == 0 and not self._method.early
                 measured = self._measured < len(self._fragments)
-                fragment.start(step + self._delay, (self._samples, self._global_samples), blocking, measured)
+                now = self._samples, self._global_samples
+                fragment.start(step + self._delay, now, blocking, self._even, measured)
+                # Read where there is one fragment and no delay, so that this is since its `base`.
+                self._even = True
 
     def _take_over(self, index: int) -> None:
         fragment = self._fragments[index]
@@ -309,7 +317,7 @@ class Anchored(Strategy):
             for piece in fragment.pieces:
                 bucket = piece.signal
                 if fragment.arrival is not None:
-                    bucket = Bucket(bucket.parameters, torch.empty_like(bucket.buffer))
+                    bucket = Bucket(bucket.parameters, torch.empty_like(bucket.buffer), bucket.spacing)
                 fill(bucket, factor)
                 works.append((bucket, divisor, self.comm.all_reduce(bucket.buffer)))
         for bucket, divisor, work in works:

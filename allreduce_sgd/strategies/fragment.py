@@ -57,7 +57,7 @@ class Piece:
         for known in (self.signal, self.shared):
             if known is not None and known.buffer.data_ptr() == self.result.data_ptr():
                 return known
-        self.shared = Bucket(self.signal.parameters, self.result)
+        self.shared = Bucket(self.signal.parameters, self.result, self.signal.spacing)
         return self.shared
 
     def mean(self, divisor: float) -> Bucket:
@@ -129,22 +129,28 @@ class Fragment:
         unit = 1 << (total - 1).bit_length()
         return samples / unit, total / unit
 
-    def start(self, arrival: int, now: Seen, blocking: bool, measured: bool) -> None:
+    def start(self, arrival: int, now: Seen, blocking: bool, even: bool, measured: bool) -> None:
         """Send the parameters as they are. All ranks must call, with no exchange under way.
 
-        `blocking`: it may wait. `measured`: `squared_distance` will be asked for.
+        `blocking`: it may wait. `even`: all ranks have seen equally many samples since `base`, as all of them know.
+        `measured`: `squared_distance` will be asked for.
         """
         self.arrival, self.started = arrival, now
         factor, divisor = self.weight(self.base, now)
         # The all-reduce divides on its way.
-        equal = self.in_place and factor * self._comm.size == divisor
+        equal = self.in_place and even
         self._divisor = 1.0 if equal else divisor
         last = len(self.pieces) - 1
         for index, piece in enumerate(self.pieces):
             if self.in_place:
-                piece.sent = Bucket(piece.signal.parameters, piece.signal.buffer.clone(), SPACING) if measured else None
-                if not equal:
-                    piece.signal.buffer.mul_(factor)
+                _move_into(piece.signal)
+                if measured:
+                    piece.sent = Bucket(piece.signal.parameters, piece.signal.buffer.clone(), SPACING)
+                # Shares of a mini-batch that could be equal are, unless they were cut by somebody else: then this rank
+                # alone makes up for it, and all reduce alike.
+                lift = factor * self._comm.size / divisor if equal else factor
+                if lift != 1:
+                    piece.signal.buffer.mul_(lift)
             elif piece.codec is None:
                 fill(piece.signal, factor)
             else:
@@ -279,22 +285,23 @@ def split_evenly(parameters: Sequence[nn.Parameter], parts: int) -> list[list[nn
 
 
 def _move_into(bucket: Bucket) -> None:
-    """Have the parameters of a bucket lie in it."""
-    with torch.no_grad():
-        torch._foreach_copy_(bucket.slots, list(bucket.parameters))
+    """Have the parameters of a bucket lie in it, also where somebody else has given them other memory."""
     for parameter, slot in zip(bucket.parameters, bucket.slots, strict=True):
-        parameter.data = slot
+        if parameter.data_ptr() != slot.data_ptr():
+            with torch.no_grad():
+                slot.copy_(parameter)
+            parameter.data = slot
 
 
 def _private(like: Bucket) -> Bucket:
-    return Bucket(like.parameters, torch.zeros_like(like.buffer))
+    return Bucket(like.parameters, torch.zeros_like(like.buffer), like.spacing)
 
 
 def _difference(piece: Piece, divisor: float) -> Tensor:
     """Return x as it was sent minus the mean, flat: in the signal's memory, where the result does not lie there."""
     total = piece.summed()
     # What was sent is not needed any more.
-    out = Bucket(piece.signal.parameters, torch.empty_like(total.buffer)) if total is piece.signal else piece.signal
+    out = _private(piece.signal) if total is piece.signal else piece.signal
     if piece.codec is None:
         subtrahend, factor = total, 1 / divisor
     else:

@@ -9,6 +9,7 @@ __all__ = [
     "BELONGS",
     "INNER_STATES",
     "LOCAL",
+    "OUTER",
     "PERIODS",
     "PERIOD_SCHEDULES",
     "SERVED",
@@ -113,7 +114,7 @@ class StrategyOptions:
         choices=("average", "push-sum"),
     )
     predict: int | None = option(
-        None, "samples per rank and step that dmb only predicts; not set: as many as --batch-size", minimum=1
+        None, "samples per rank and step that dmb only predicts; not set: as many as it learns from", minimum=1
     )
     servers: int | None = option(
         None, "ranks that serve parameters, each its part; not set: 1 for the server methods, else 0", minimum=0
@@ -163,9 +164,12 @@ class StrategyOptions:
         """The delay in force, in steps."""
         return self.delay if self.delay is not None else int(self.strategy == "delayed")
 
-    def predicted(self, ranks: int) -> int:
-        """Return how many samples of a step are only predicted, by all ranks together."""
-        return ranks * (self.predict or 0) if self.strategy == "dmb" else 0
+    def predicted(self, ranks: int, batch: int) -> int:
+        """Return how many samples of a step are only predicted by all ranks that train, beside a mini-batch of
+        `batch` samples."""
+        if self.strategy != "dmb":
+            return 0
+        return batch if self.predict is None else ranks * self.predict
 
     def slowed_by(self, rank: int) -> float:
         """Return the factor by which this rank is to be slowed down, 1 for not at all."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from allreduce_sgd.command_line import parse
+from allreduce_sgd.config import to_toml
 from benchmarks import strategies
 from benchmarks.strategies import STUDIES, Case, main, rows_of, table
 
@@ -18,6 +19,7 @@ def summary(accuracy: float, loss: float | None, sent_bytes: int | None = 4000, 
         "workers": 2,
         "servers": 0,
         "steps": 100,
+        "epochs": 2.0,
         "test_accuracy": accuracy,
         "test_loss": loss,
         "train_loss": loss,
@@ -25,6 +27,10 @@ def summary(accuracy: float, loss: float | None, sent_bytes: int | None = 4000, 
         "communication_bytes": sent_bytes,
         **more,
     }
+
+
+def words(flag: str, value: Any) -> list[str]:
+    return [f"--{flag}"] if value is True else [f"--{flag}", str(value)]
 
 
 def test_runs_that_are_no_better_than_guessing_have_diverged() -> None:
@@ -57,13 +63,18 @@ def test_the_cases_of_all_studies_are_flags_that_training_takes() -> None:
         assert len({case.name for case in cases}) == len(cases)
 
 
-def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_runs_are_not_run_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     started: list[str] = []
 
     def train(ranks: int, flags: Mapping[str, Any], timeout_seconds: int) -> None:
         folder = Path(flags["output"])
         folder.mkdir(parents=True)
         (folder / "summary.json").write_text(json.dumps(summary(0.9, 0.1)))
+        (folder / "config.toml").write_text(
+            to_toml(parse([word for flag in flags for word in words(flag, flags[flag])])[0])
+        )
         started.append(f"{ranks} {flags['strategy']} {flags['seed']}")
 
     cases = [Case("one", 2, {"strategy": "sync"}), Case("two", 3, {"strategy": "local"})]
@@ -75,6 +86,8 @@ def test_finished_runs_are_not_run_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert started == ["2 sync 0", "3 local 0", "2 sync 1", "3 local 1"]
     assert main(arguments) == 0
     assert len(started) == 4
+    assert main([*arguments, "--epochs", "7"]) == 2
+    assert "has --epochs 5, not 7; name another folder" in capsys.readouterr().err
     rows = json.loads(record.read_text())["rows"]
     assert [row["case"] for row in rows] == ["one", "two"]
 

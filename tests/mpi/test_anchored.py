@@ -357,20 +357,24 @@ def test_every_kind_of_parameter_is_averaged(comm: Communicator, name: str, dela
         torch.testing.assert_close(after.detach(), start.detach() * (comm.size + 1) / 2)
 
 
-def test_averaging_makes_a_model_neither_grow_nor_shrink(comm: Communicator) -> None:
+@pytest.mark.parametrize("delay", [0, 1])
+@pytest.mark.parametrize("uneven", [0, 1])
+def test_averaging_makes_a_model_neither_grow_nor_shrink(comm: Communicator, uneven: int, delay: int) -> None:
     """Weights such as 1/3, rounded to a float, add up to more than 1, which hundreds of averages would show."""
+    counts = [7 + uneven * rank for rank in range(comm.size)]
+    counts[0] += uneven * (sum(counts) % comm.size == 0)
     model = nn.Module()
     model.x = nn.Parameter(torch.ones(4000))
-    strategy = anchored(comm, Local(), 1, OptimizerOptions(lr=0.0, momentum=0.0), model)
+    strategy = anchored(comm, Local(), 1 + delay, OptimizerOptions(lr=0.0, momentum=0.0), model, delay=delay)
     expected = torch.ones(4000, dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(300):
+    for _ in range(300 * (1 + delay)):
         # Moved about, so that the average is not rounded back to what it was.
         move = 1e-3 * torch.randn(4000, generator=generator)
         expected += move
         with torch.no_grad():
             model.x.add_(move)
-        strategy.step(Share([], 7, 7 * comm.size))
+        strategy.step(Share([], counts[comm.rank], sum(counts)))
     growth = (model.x.detach().double() / expected - 1).mean()
     assert abs(growth) < 1e-6
 
@@ -672,18 +676,66 @@ def test_what_means_nothing_is_refused(comm: Communicator) -> None:
         anchored(comm, Elastic(comm.size), 4, delay=1)
 
 
+def large_network() -> nn.Module:
+    """Of buckets that ranks of a node reduce out of each other's memory."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(101, 203), nn.Linear(203, 7))
+
+
+def places_of(strategy: Anchored) -> set[int]:
+    (fragment,) = strategy._fragments
+    return {slot.data_ptr() for piece in fragment.pieces for slot in piece.signal.slots}
+
+
 def test_plain_averages_reduce_parameters_where_they_lie(comm: Communicator) -> None:
     if comm.size == 1:
         pytest.skip("one rank alone exchanges nothing")
-    strategy = anchored(comm, Local(), 2)
-    (fragment,) = strategy._fragments
-    places = {slot.data_ptr() for piece in fragment.pieces for slot in piece.signal.slots}
-    assert {one.data_ptr() for one in strategy.model.parameters()} == places
+    model = large_network()
+    strategy = anchored(comm, Local(), 2, model=model, gradients=GradientOptions())
+    places = places_of(strategy)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
     # Equal shares need nothing but the all-reduce; unequal ones are weighed in place.
-    train(strategy, comm, 4, 4 * comm.size)
-    train(strategy, comm, 4, 4 * comm.size + 1)
-    assert {one.data_ptr() for one in strategy.model.parameters()} == places
+    for uneven in (0, 1):
+        counts = [4 + uneven * rank for rank in range(comm.size)]
+        counts[0] += uneven * (sum(counts) % comm.size == 0)
+        assert {one.data_ptr() for one in model.parameters()} == places
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1 + comm.rank)
+        for _ in range(2):
+            strategy.step(Share([], counts[comm.rank], sum(counts)))
+        mean = sum(count * (1 + rank) for rank, count in enumerate(counts)) / sum(counts)
+        for parameter, value in zip(model.parameters(), before, strict=True):
+            torch.testing.assert_close(parameter.detach(), value.mul_(mean))
     strategy.finish()
-    assert not {one.data_ptr() for one in strategy.model.parameters()} & places
-    train(strategy, comm, 2, 4 * comm.size)
-    assert strategy.in_agreement
+    assert not {one.data_ptr() for one in model.parameters()} & places
+    # Going on after the end, with parameters in private memory.
+    strategy.measures()
+    for _ in range(2):
+        strategy.step(Share([], 1, comm.size))
+    for parameter, value in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter.detach(), value)
+    assert strategy.figures(reduced(comm, strategy.measures()))["model_distance"] < 1e-4
+
+
+def reduced(comm: Communicator, measures: dict[str, float]) -> dict[str, float]:
+    sums = torch.tensor(list(measures.values()), dtype=torch.float64)
+    return dict(zip(measures, comm.all_reduce(sums).wait().tolist(), strict=True))
+
+
+def test_all_ranks_reduce_alike_whatever_samples_they_have_seen(comm: Communicator) -> None:
+    # 3 ranks: shares of 7 and 5 samples are 3, 2, 2 and 2, 2, 1, so that rank 1 alone has seen the mean of all.
+    strategy = anchored(comm, Local(), 2)
+    for step, count in enumerate((7, 5)):
+        strategy.step(part_of(mini_batch(step, count), comm.rank, comm.size))
+    assert_equal_on_all(comm, strategy.model)
+
+
+def test_parameters_that_were_given_other_memory_are_still_averaged(comm: Communicator) -> None:
+    strategy = anchored(comm, Local(), 2)
+    flat = nn.utils.parameters_to_vector(strategy.model.parameters()).detach()
+    nn.utils.vector_to_parameters(flat * (1 + comm.rank), strategy.model.parameters())
+    for _ in range(2):
+        strategy.step(Share([], 1, comm.size))
+    mean = flat * (1 + comm.size) / 2
+    torch.testing.assert_close(nn.utils.parameters_to_vector(strategy.model.parameters()).detach(), mean)

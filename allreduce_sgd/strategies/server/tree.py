@@ -123,6 +123,8 @@ class Leaf(Server):
         self.wait_for_readers()
         self.post.training = self._asked_training
         self.post.take(self._root, self.values)
+        # The root has answered, so what it was sent has arrived.
+        self.post.flush(self._root)
         self.version = int(message.numbers[0])
         self._sums = message.numbers[1], message.numbers[2]
         self._asked = False
