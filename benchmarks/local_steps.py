@@ -73,7 +73,8 @@ def main(arguments: Sequence[str]) -> int:
 def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each period, the first one for ranks that never exchange. All ranks must call."""
     workload = WORKLOADS[name]
-    strategies = {period: _strategy(workload, comm, period) for period in (_NEVER, *options.periods)}
+    strategies = {period: _strategy(workload, comm, period, options.delay) for period in options.periods}
+    strategies = {_NEVER: _strategy(workload, comm, _NEVER, 0), **strategies}
     share = _share(workload, comm)
     seconds: dict[int, list[float]] = {period: [] for period in strategies}
     sent: dict[int, float | None] = {}
@@ -92,6 +93,7 @@ def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[
         {
             "workload": name,
             "period": None if period == _NEVER else period,
+            "delay": 0 if period == _NEVER else options.delay,
             "ranks": comm.size,
             "median_seconds": statistics.median(times),
             "ratio": statistics.median(one / never for one, never in zip(times, seconds[_NEVER], strict=True)),
@@ -115,8 +117,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return format_table(["workload", "period", "ms per step", "ratio", "kB sent"], lines)
 
 
-def _strategy(workload: Workload, comm: Communicator, period: int) -> Strategy:
-    options = StrategyOptions("local", period=period)
+def _strategy(workload: Workload, comm: Communicator, period: int, delay: int) -> Strategy:
+    options = StrategyOptions("local", period=period, delay=delay)
     # A small rate: models that have learnt their one mini-batch by heart compute with slow denormal numbers.
     optimizer = OptimizerOptions(lr=1e-4, momentum=0.9)
     return build_strategy(options, GradientOptions(), optimizer, workload.build(), comm)
@@ -146,11 +148,14 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--workloads", default="mlp512-b16", metavar="NAMES", help=f"of {', '.join(WORKLOADS)}")
     add("--periods", type=positive_ints, default="1,8,64", metavar="N,...", help="steps between two averages")
+    add("--delay", type=int, default=0, metavar="N", help="steps that an average may take, fewer than all periods")
     add("--steps", type=positive_int, default=192, metavar="N", help="steps a round; best a multiple of all periods")
     add("--rounds", type=positive_int, default=15, metavar="N", help="rounds, of which the median counts")
     add("--json", type=Path, metavar="FILE", help="write the record here")
     options = parser.parse_args(arguments)
     options.workloads = names("--workloads", options.workloads, tuple(WORKLOADS))
+    if not 0 <= options.delay < min(options.periods):
+        raise ConfigError(f"--delay {options.delay}: choose 0 to {min(options.periods) - 1}, less than every period")
     check_writable("--json", options.json)
     return options
 

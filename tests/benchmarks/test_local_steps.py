@@ -26,3 +26,5 @@ def test_the_record_of_two_ranks(tmp_path: Path) -> None:
 def test_bad_arguments_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--workloads", "gpt"]) == 2
     assert "--workloads: unknown value 'gpt'" in capsys.readouterr().err
+    assert main(["--periods", "4,8", "--delay", "4"]) == 2
+    assert "--delay 4: choose 0 to 3, less than every period" in capsys.readouterr().err
