@@ -96,7 +96,8 @@ class Trainer:
         self._report.begin()
         if self.config.run.trace is not None:
             # Past what the first steps do only once, and with an average in it where these are periodic.
-            traced = min(self.step + 2 * self.config.strategy.steps_between, self.total_steps)
+            period = self.config.strategy.steps_between
+            traced = min(self.step + period * max(2, -(-8 // period)), self.total_steps)
             self._trace = StepTrace(
                 Path(self.config.run.trace), traced, self.strategy.model, self.strategy.optimizer, self.comm
             )
