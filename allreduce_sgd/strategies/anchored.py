@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.compression.base import CodecFactory
@@ -29,8 +29,7 @@ from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.gradients.buckets import Bucket
 from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.gradients.replicate import broadcast_tensors, check_same_model
-from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored, zero_loss
-from allreduce_sgd.strategies.finite import check_finite
+from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored
 from allreduce_sgd.strategies.fragment import Fragment, copy_quotient, fill, split_evenly
 from allreduce_sgd.strategies.inner_state import StateAverage
 from allreduce_sgd.strategies.method import Method
@@ -117,7 +116,7 @@ class Anchored(Strategy):
         if due and self._method.early:
             self._start_due(self._step + 1)
         if share.losses:
-            self._apply(lambda: self._gradients(share))
+            self._apply(lambda: self._own_gradients(share, self._check_finite))
         self._step += 1
         self._samples += share.samples
         self._global_samples += share.global_samples
@@ -323,13 +322,3 @@ class Anchored(Strategy):
         for bucket, divisor, work in works:
             work.wait()
             copy_quotient(bucket, divisor)
-
-    def _gradients(self, share: Share) -> Tensor:
-        loss = zero_loss(self.model)
-        for compute in share.losses:
-            part = compute(self.model)
-            self._backward(part)
-            loss += part.detach()
-        if self._check_finite:
-            check_finite(self.model, loss, self.comm.rank)
-        return loss

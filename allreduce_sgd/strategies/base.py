@@ -19,6 +19,7 @@ from allreduce_sgd.gradients.clipping import clip_grad_norm_
 from allreduce_sgd.gradients.replicate import average_buffers, broadcast_tensors
 from allreduce_sgd.gradients.sharded import ShardedOptimizer
 from allreduce_sgd.optim.build import needs_closure
+from allreduce_sgd.strategies.finite import check_finite
 from allreduce_sgd.strategies.pace import Pace
 from allreduce_sgd.strategies.precision import LossScaling
 
@@ -158,6 +159,20 @@ class Strategy(ABC):
             # Scaled gradients have a scaled norm, so they need not be divided first.
             self._clip(self.clip_norm * (1.0 if self.scaling is None else self.scaling.scale))
         self._update()
+
+    def _own_gradients(self, share: Share, check: bool) -> Tensor:
+        """Fill `.grad` with the gradient of the share's mean loss, which is returned, without any communication.
+
+        `check`: raise NonFiniteError, on this rank alone, where one of them is not finite.
+        """
+        loss = zero_loss(self.model)
+        for compute in share.losses:
+            part = compute(self.model)
+            self._backward(part)
+            loss += part.detach()
+        if check:
+            check_finite(self.model, loss, self.comm.rank)
+        return loss
 
     def _backward(self, loss: Tensor) -> None:
         if self.scaling is None:

@@ -37,8 +37,7 @@ from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.gradients.buckets import Bucket, build_buckets
 from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.gradients.replicate import broadcast_tensors, check_same_model
-from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored, zero_loss
-from allreduce_sgd.strategies.finite import check_finite
+from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored
 from allreduce_sgd.strategies.precision import LossScaling
 
 __all__ = ["Gossip"]
@@ -107,13 +106,7 @@ class Gossip(Strategy):
             agree_on_buffers(self.model, self.comm, self._options.buffers)
         self._send()
         self.optimizer.zero_grad(set_to_none=True)
-        loss = zero_loss(self.model)
-        for compute in share.losses:
-            part = compute(self.model)
-            self._backward(part)
-            loss += part.detach()
-        if self._options.check_finite:
-            check_finite(self.model, loss, self.comm.rank)
+        self._own_gradients(share, self._options.check_finite)
         self._mix()
         if share.losses:
             if self.clip_norm is not None:

@@ -35,8 +35,7 @@ from allreduce_sgd.gradients.replicate import broadcast_tensors, check_same_mode
 from allreduce_sgd.gradients.sharded import is_elementwise
 from allreduce_sgd.gradients.sparse import has_sparse_gradients
 from allreduce_sgd.optim.build import check_takes_sparse
-from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored, zero_loss
-from allreduce_sgd.strategies.finite import check_finite
+from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored
 from allreduce_sgd.strategies.pace import REPORTED, Pace, Ticket
 from allreduce_sgd.strategies.precision import LossScaling
 
@@ -140,7 +139,7 @@ class Hogwild(Strategy):
     def step(self, share: Share) -> None:
         if share.losses:
             self._others_at_reading = self._updates_of_others()
-            self._apply(lambda: self._gradients(share))
+            self._apply(lambda: self._own_gradients(share, self._check_finite))
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
@@ -193,16 +192,6 @@ class Hogwild(Strategy):
     def restart(self, step: int) -> None:
         # All ranks load the one model: nobody may train before the last has done so.
         self.comm.barrier().wait()
-
-    def _gradients(self, share: Share) -> Tensor:
-        loss = zero_loss(self.model)
-        for compute in share.losses:
-            part = compute(self.model)
-            self._backward(part)
-            loss += part.detach()
-        if self._check_finite:
-            check_finite(self.model, loss, self.comm.rank)
-        return loss
 
     def _update(self) -> None:
         staleness = self._updates_of_others() - self._others_at_reading
