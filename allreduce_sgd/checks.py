@@ -8,7 +8,7 @@ from torch import nn
 from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import Sampler
 from allreduce_sgd.data.split import Dataset
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.optim.build import build_optimizer
 from allreduce_sgd.optim.schedule import factor
@@ -85,22 +85,25 @@ def global_batch_size(config: Config, workers: int, dataset: Dataset, saved: dic
     return size
 
 
-def check_shares(config: Config, workers: int, sampler: Sampler, total_steps: int) -> None:
-    """Raise ConfigError where ranks would wait for one another a different number of times, or the run is too short."""
+def check_shares(config: Config, workers: int, batch: int, sampler: Sampler, total_steps: int) -> None:
+    """Raise ConfigError where ranks would wait for one another a different number of times, or the run is too short.
+
+    `batch`: how many of the sampler's samples a step learns from.
+    """
     rounds = config.training.accumulate
-    fewest = sampler.global_count(sampler.steps_per_epoch - 1)
+    fewest = min(batch, sampler.global_count(sampler.steps_per_epoch - 1))
     if config.gradients.sync_batch_norm and fewest < workers * rounds:
         raise ConfigError(
-            f"--sync-batch-norm: the last mini-batch of an epoch has {_count(fewest, 'sample')}, too few for "
-            f"{_count(workers, 'rank')} and {_count(rounds, 'round')} of --accumulate; choose another "
+            f"--sync-batch-norm: the last mini-batch of an epoch has {counted(fewest, 'sample')}, too few for "
+            f"{counted(workers, 'rank')} and {counted(rounds, 'round')} of --accumulate; choose another "
             f"--batch-size or --global-batch-size"
         )
     options = config.strategy
     for flag, steps in (("delay", options.late), ("push", options.push), ("fetch", options.fetch)):
         if steps > max(1, total_steps):
             raise ConfigError(
-                f"--{flag} {steps}: the run has only {_count(total_steps, 'step')}; choose at most {total_steps}, or a "
-                f"longer run"
+                f"--{flag} {steps}: the run has only {counted(total_steps, 'step')}; choose at most {total_steps}, or "
+                f"a longer run"
             )
 
 
@@ -120,7 +123,3 @@ def period_of(config: Config, total_steps: int, steps_per_epoch: int) -> Period:
         return factor(options.lr_schedule, step, total_steps, options.warmup_steps)
 
     return build_period(config.strategy, total_steps, steps_per_epoch, rate)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -241,7 +241,7 @@ def _check_strategy(config: Config) -> None:
         if given and name != "sync":
             alone = " in strategy local ranks step alone" if name == "local" else f" not {name}"
             raise ConfigError(f"--{flag}: only --strategy sync can do it;{alone}")
-    flat, defaults = config.flat(), {each.name: each.default for each in options_of("strategy")}
+    flat, defaults = config.flat(), Config().flat()
     for flag, owners in BELONGS.items():
         option = flag.removeprefix("no-")
         if name not in owners and flat[option] != defaults[option]:
@@ -263,11 +263,6 @@ _NO_CODEC = {
     "gossip": "averages whole models of neighbours",
     "hogwild": "sends nothing",
 }
-
-
-def options_of(group: str) -> Iterator[Option]:
-    """Yield the options of one group."""
-    return (each for each in options() if each.group == group)
 
 
 def to_toml(config: Config) -> str:

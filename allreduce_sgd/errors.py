@@ -8,6 +8,7 @@ __all__ = [
     "MemoryNotSharedError",
     "MismatchError",
     "NonFiniteError",
+    "counted",
 ]
 
 
@@ -43,3 +44,8 @@ class NonFiniteError(RuntimeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written on some rank; the text names the rank, the folder and the reason."""
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """Return "1 rank", "3 ranks": for texts that name a number of things. `many` None: `one` with an s."""
+    return f"{number} {one if number == 1 else many or one + 's'}"

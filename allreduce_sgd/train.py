@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
 from allreduce_sgd.config import Config
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.resume import differences, find_checkpoint, resumed_config, saved_choice
 from allreduce_sgd.run_folder import claim
@@ -145,7 +145,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     predicted = int(saved["predicted"]) if saved else config.strategy.predicted(workers, batch)
     sampler = build_sampler(config.data.sampling, len(dataset.train), batch + predicted, config.training.seed)
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
-    topology.agree(lambda: check_shares(config, workers, sampler, total_steps))
+    topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
     torch.manual_seed(config.training.seed)
     loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
     model = topology.agree(
@@ -294,10 +294,10 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: i
     dataset, model = trainer.dataset, trainer.strategy.model
     parameters = sum(parameter.numel() for parameter in model.parameters())
     algorithm = f" {trainer.comm.algorithm}" if trainer.comm.algorithm else ""
-    ranks = f"{_count(topology.size, 'rank')} on {_count(topology.nodes, 'node')}"
+    ranks = f"{counted(topology.size, 'rank')} on {counted(topology.nodes, 'node')}"
     _say(
         topology,
-        f"{ranks}, {trainer.device}, {_count(threads, 'thread')} each, {trainer.comm.backend}{algorithm}, "
+        f"{ranks}, {trainer.device}, {counted(threads, 'thread')} each, {trainer.comm.backend}{algorithm}, "
         f"strategy {trainer.strategy.name}{', optimizer sharded' if trainer.strategy.sharded else ''}\n"
         f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
         f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
@@ -308,10 +308,6 @@ def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: i
         for index, n_bytes in enumerate(trainer.strategy.message_bytes()):
             how = trainer.comm.describe_algorithm(n_bytes) or trainer.comm.backend
             _say(topology, f"bucket {index}: {n_bytes:,} bytes by {how}")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _conclude(summary: dict[str, Any], folder: Path) -> None:

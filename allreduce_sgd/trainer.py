@@ -5,8 +5,8 @@ is shared out: step s of an epoch takes the same samples on any number of ranks.
 """
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from allreduce_sgd.random_state import random_state, restore_random_state
 from allreduce_sgd.report import Evaluation, Position, Report
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.strategies.base import Share, Strategy
-from allreduce_sgd.strategies.pace import Pace
+from allreduce_sgd.strategies.pace import Pace, Ticket
 from allreduce_sgd.trace import StepTrace
 
 __all__ = ["Trainer"]
@@ -62,7 +62,6 @@ class Trainer:
         self.comm = comm
         self.device = device
         self.dataset = dataset
-        self.loss = loss
         self.strategy = strategy
         self.schedule = schedule
         self.sampler = sampler
@@ -200,18 +199,23 @@ class Trainer:
 
     def _take_step(self, step: int, share: Share) -> None:
         traffic = self.strategy.everyone.traffic
-        started, waited = time.perf_counter(), self._watch.waited_seconds()
         try:
             with (
                 nullcontext() if self._trace is None else self._trace.around(step + 1),
+                nullcontext() if self._slowed == 1 else self._slowly(),
                 traffic.attributed(self.strategy.signal),
             ):
                 self.strategy.step(share)
         except NonFiniteError as problem:
             raise NonFiniteError(f"step {step + 1}: {problem}") from None
-        if self._slowed > 1:
-            computing = time.perf_counter() - started - (self._watch.waited_seconds() - waited)
-            time.sleep((self._slowed - 1) * computing)
+
+    @contextmanager
+    def _slowly(self) -> Iterator[None]:
+        """Take longer for what is computed within, by the factor of --straggler."""
+        started, waited = time.perf_counter(), self._watch.waited_seconds()
+        yield
+        computing = time.perf_counter() - started - (self._watch.waited_seconds() - waited)
+        time.sleep((self._slowed - 1) * computing)
 
     def _share(self, epoch: int, position: int) -> Share:
         """Return this rank's share of a mini-batch; in method dmb what exceeds the batch is only predicted."""
@@ -238,7 +242,7 @@ class Trainer:
         before = self._epoch_totals
         logged = Totals()
         pace.open(first, until)
-        while (ticket := pace.take(self._feed.tally.take(self.stop_asked()).tolist())) is not None:
+        while (ticket := self._take_ticket(pace)) is not None:
             self._set_rate(ticket.step)
             if ticket.step > self.step:
                 display.step(ticket.step - self.step)
@@ -266,6 +270,11 @@ class Trainer:
         with self.comm.traffic.attributed("logging"):
             _, _, sums = self._feed.tally.reduce(self.comm, measures=self.strategy.measures())
         self._report.training(self._position, totals - logged, sums, display)
+
+    def _take_ticket(self, pace: Pace) -> Ticket | None:
+        report = self._feed.tally.take(self.stop_asked()).tolist()
+        with self.strategy.everyone.traffic.attributed("tickets"):
+            return pace.take(report)
 
     def _next_due(self) -> int:
         """Return the next step after which all ranks are needed, at the latest the last of the epoch."""

@@ -29,7 +29,7 @@ from allreduce_sgd.compression.options import CODECS
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_numbers
 from benchmarks.record import write_record
-from benchmarks.runs import RunFailed, find_mpirun, train
+from benchmarks.runs import RunFailed, bytes_per_step, find_mpirun, train
 from benchmarks.table import format_number, format_range, format_table
 
 __all__ = ["main", "rows_of", "table"]
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str]) -> int:
 def rows_of(summaries: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Return a row for each codec, given the summaries of its runs; `none` must be among them."""
     plain_accuracy = statistics.median(run["test_accuracy"] for run in summaries["none"])
-    plain_bytes = _bytes_per_step(summaries["none"])
+    plain_bytes = bytes_per_step(summaries["none"])
     rows = []
     for codec, runs in summaries.items():
         accuracies = [run["test_accuracy"] for run in runs]
         points = 100 * (statistics.median(accuracies) - plain_accuracy)
-        sent_bytes = _bytes_per_step(runs)
+        sent_bytes = bytes_per_step(runs)
         rows.append(
             {
                 "codec": codec,
@@ -99,11 +99,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         for row in rows
     ]
     return format_table(header, lines)
-
-
-def _bytes_per_step(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    counted = [run["communication_bytes"] / run["steps"] for run in runs if run["communication_bytes"] is not None]
-    return statistics.median(counted) if counted else None
 
 
 def _run_all(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:

@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -21,7 +22,18 @@ from typing import Any
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.strategies.options import LOCAL
 
-__all__ = ["Cell", "Evaluation", "Outcome", "RunFailed", "Task", "check_same", "find_mpirun", "outcome_of", "train"]
+__all__ = [
+    "Cell",
+    "Evaluation",
+    "Outcome",
+    "RunFailed",
+    "Task",
+    "bytes_per_step",
+    "check_same",
+    "find_mpirun",
+    "outcome_of",
+    "train",
+]
 
 _MOMENTUM = 0.9
 _ENDING_SECONDS = 10
@@ -144,6 +156,12 @@ def train(ranks: int, flags: Mapping[str, str | int | float], timeout_seconds: i
     for name, value in flags.items():
         words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     _execute([*launcher, sys.executable, "-m", "allreduce_sgd.train", *words], timeout_seconds)
+
+
+def bytes_per_step(summaries: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the median over runs of the bytes sent per rank and step; None where the back end does not tell."""
+    known = [run["communication_bytes"] / run["steps"] for run in summaries if run["communication_bytes"] is not None]
+    return statistics.median(known) if known else None
 
 
 def find_mpirun() -> list[str]:

@@ -23,7 +23,6 @@ import argparse
 import json
 import re
 import shutil
-import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,7 +35,7 @@ from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.strategies.options import STRATEGIES
 from benchmarks.arguments import Parser, check_writable, names, positive_int
 from benchmarks.record import write_record
-from benchmarks.runs import RunFailed, check_same, find_mpirun, train
+from benchmarks.runs import RunFailed, bytes_per_step, check_same, find_mpirun, train
 from benchmarks.table import format_number, format_range, format_table
 
 __all__ = ["STUDIES", "Case", "main", "rows_of", "table"]
@@ -158,7 +157,7 @@ def rows_of(study: str, cases: Mapping[str, Sequence[Mapping[str, Any]]]) -> lis
             "train_losses": [run["train_loss"] for run in runs],
             "diverged": sum(_diverged(run) for run in runs),
             "samples_per_second": [run["samples_per_second"] for run in runs],
-            "bytes_per_step": _bytes_per_step(runs),
+            "bytes_per_step": bytes_per_step(runs),
             "mean_staleness": [run["mean_staleness"] for run in runs if run.get("mean_staleness") is not None],
         }
         for name, runs in cases.items()
@@ -196,11 +195,6 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _diverged(run: Mapping[str, Any]) -> bool:
     return run["train_loss"] is None or run["test_loss"] is None or run["test_accuracy"] < _GUESSING
-
-
-def _bytes_per_step(runs: Sequence[Mapping[str, Any]]) -> float | None:
-    counted = [run["communication_bytes"] / run["steps"] for run in runs if run["communication_bytes"] is not None]
-    return statistics.median(counted) if counted else None
 
 
 def _run_all(options: argparse.Namespace) -> Iterator[tuple[str, dict[str, list[dict[str, Any]]]]]:

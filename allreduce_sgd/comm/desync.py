@@ -53,7 +53,8 @@ class Watch:
         self._stall_seconds = min(_STALL_SECONDS, timeout_seconds / 4)
         self._answers_seconds = min(_ANSWERS_SECONDS, timeout_seconds / 4)
         self._views = Views(self._size)
-        self._heard_seconds = [0.0] * self._size
+        self._questions = 0
+        self._answered = [0] * self._size
         self._sent = array("q", [0] * self._size)
         self._received = array("q", [0] * self._size)
         self._sending: list[tuple[Any, bytes]] = []
@@ -78,27 +79,27 @@ class Watch:
             self._ask()
             self._pause_seconds = quiet_seconds + min(quiet_seconds, _LONGEST_PAUSE_SECONDS)
         self._waits_in = waits_in
-        return self._verdict(now_seconds) if self._exchange(now_seconds) and self._failure is None else None
+        return self._verdict(now_seconds) if self._exchange() and self._failure is None else None
 
     def inquire(self, problem: Exception) -> Program:
         """The end of an operation that met with `problem`: raise it, unless the ranks turn out to differ.
 
         What differs `look` finds, which ends the operation from outside.
         """
-        started_seconds = now_seconds = time.perf_counter()
-        self._ask()
-        while now_seconds < started_seconds + _INQUIRY_SECONDS:
+        deadline_seconds = time.perf_counter() + _INQUIRY_SECONDS
+        question = self._ask()
+        while time.perf_counter() < deadline_seconds:
             yield False
-            if self._asked_about is None and self._all_heard(started_seconds):
+            # An answer to what was asked earlier may be from before the other came to what differs.
+            if self._asked_about is None and self._all_answered(question):
                 break
-            now_seconds = time.perf_counter()
         raise problem
 
     def failed(self, why: str) -> None:
         """Tell all ranks that the collectives have ended here."""
         if self._failure is None:
             self._failure = why
-            self._tell(range(self._size), False, self._position())
+            self._tell(range(self._size), False, 0, self._position())
 
     def explain(self, number: int) -> str:
         """Say why the collective `number` may not have ended, as far as the others have told."""
@@ -112,26 +113,28 @@ class Watch:
         expected = array("q", [0] * self._size)
         request = self._comm.Ialltoall(self._sent, expected)
         while not request.Test() or self._sending or self._receiving or self._received != expected:
-            self._exchange(time.perf_counter(), answer=False)
+            self._exchange(answer=False)
             yield False
 
-    def _ask(self, about: int | None = None) -> None:
-        self._tell(range(self._size), True, self._position() if about is None else about)
+    def _ask(self, about: int | None = None) -> int:
+        self._questions += 1
+        self._tell(range(self._size), True, self._questions, self._position() if about is None else about)
+        return self._questions
 
     def _position(self) -> int:
         return self._ledger.launched if self._waits_in is None else self._waits_in
 
-    def _tell(self, ranks: Iterable[int], asks: bool, about: int) -> None:
+    def _tell(self, ranks: Iterable[int], asks: bool, question: int, about: int) -> None:
         launched, waits_in = self._ledger.launched, self._waits_in
         entries = self._ledger.around([about, self._position()])
-        report = Report(asks, about, launched, waits_in, self._failure, self.elsewhere(), entries)
+        report = Report(asks, question, about, launched, waits_in, self._failure, self.elsewhere(), entries)
         message = report.to_bytes()
         for rank in ranks:
             if rank != self._rank:
                 self._sending.append((self._comm.Isend([message, MPI.BYTE], rank, self._tag), message))
                 self._sent[rank] += 1
 
-    def _exchange(self, now_seconds: float, answer: bool = True) -> bool:
+    def _exchange(self, answer: bool = True) -> bool:
         """Move messages on; say whether there is anything new to judge."""
         self._sending = [entry for entry in self._sending if not entry[0].Test()]
         status = MPI.Status()
@@ -144,14 +147,15 @@ class Watch:
         self._receiving = [entry for entry in self._receiving if entry not in arrived]
         for _, data, rank in arrived:
             self._received[rank] += 1
-            self._hear(rank, Report.from_bytes(data), now_seconds, answer)
+            self._hear(rank, Report.from_bytes(data), answer)
         return True
 
-    def _hear(self, rank: int, report: Report, now_seconds: float, answer: bool) -> None:
+    def _hear(self, rank: int, report: Report, answer: bool) -> None:
         self._views.add(rank, report)
-        self._heard_seconds[rank] = now_seconds
-        if report.asks and answer:
-            self._tell([rank], False, report.about)
+        if not report.asks:
+            self._answered[rank] = max(self._answered[rank], report.question)
+        elif answer:
+            self._tell([rank], False, report.question, report.about)
 
     def _verdict(self, now_seconds: float) -> CommunicationError | None:
         self._views.add_entries(self._rank, self._ledger.entries(self._views.numbers))
@@ -169,5 +173,5 @@ class Watch:
         complete = self._views.knows_all_of(difference.ask_about, self._rank)
         return MismatchError(difference.text) if late or complete else None
 
-    def _all_heard(self, since_seconds: float) -> bool:
-        return all(heard > since_seconds for rank, heard in enumerate(self._heard_seconds) if rank != self._rank)
+    def _all_answered(self, question: int) -> bool:
+        return all(answered >= question for rank, answered in enumerate(self._answered) if rank != self._rank)

@@ -87,11 +87,13 @@ class Ledger:
 class Report(NamedTuple):
     """What one rank tells another. `asks`: for the other's report in return, with what it has launched near `about`.
 
+    `question` numbers what a rank asks; an answer bears the number of its question, and what nobody asked for bears 0.
     `waits_in` is the number of the collective that is under way, None where none is. `elsewhere` names what the rank
     has under way beside this communicator's collectives.
     """
 
     asks: bool
+    question: int
     about: int
     launched: int
     waits_in: int | None

@@ -186,10 +186,12 @@ class Hogwild(Strategy):
         if self.scaling is not None:
             self.scaling.load_state_dict(state["scaling"])
         self._staleness = Counter(state["staleness"])
-        # All ranks load the one model: nobody may train before the last has done so.
-        self.comm.barrier().wait()
+        self._meet_loaded()
 
     def restart(self, step: int) -> None:
+        self._meet_loaded()
+
+    def _meet_loaded(self) -> None:
         # All ranks load the one model: nobody may train before the last has done so.
         self.comm.barrier().wait()
 

@@ -12,7 +12,7 @@ Pure functions of the step: a run that goes on from a checkpoint has the same H.
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.strategies.options import PERIOD_SCHEDULES, StrategyOptions
 
 __all__ = ["Period", "build_period", "switch_step"]
@@ -67,7 +67,7 @@ def build_period(
     """
     longest = options.steps_between
     if longest > total_steps:
-        steps = f"{total_steps} step{'' if total_steps == 1 else 's'}"
+        steps = counted(total_steps, "step")
         raise ConfigError(f"--period {longest}: the run has only {steps}; choose 1 to {total_steps}, or a longer run")
     switch = 0
     if options.strategy == "post-local":

@@ -37,7 +37,7 @@ def report(
     elsewhere: str | None = None,
 ) -> Report:
     entries = ledger.around([about, ledger.launched])
-    told = Report(False, about, ledger.launched, waits_in, failure, elsewhere, entries)
+    told = Report(False, 0, about, ledger.launched, waits_in, failure, elsewhere, entries)
     return Report.from_bytes(told.to_bytes())
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.compression.messages import has_messages
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.strategies.options import SERVED, StrategyOptions
 
@@ -99,7 +99,7 @@ def server_count(options: StrategyOptions, size: int) -> int:
         if options.servers is None:
             given = f"--strategy {options.strategy}"
         raise ConfigError(
-            f"{given}: {_ranks(size)} started, and at least one beside the {_count(servers, 'server')} must train; "
+            f"{given}: {_ranks(size)} started, and at least one beside the {counted(servers, 'server')} must train; "
             + (f"start at least {servers + 1}" if size <= 2 or options.servers is None else f"choose 1 to {size - 1}")
         )
     return servers
@@ -113,14 +113,14 @@ def _tree(options: StrategyOptions, fan_out: int, size: int) -> int:
     if not fitting:
         near = [other for other in range(max(3, size - 2), size + 3) if _fits(fan_out, other)]
         raise ConfigError(
-            f"{flag}: {_ranks(size)} cannot be cut into a root, leaves of {_count(fan_out, 'worker')} each and the "
+            f"{flag}: {_ranks(size)} cannot be cut into a root, leaves of {counted(fan_out, 'worker')} each and the "
             f"workers; start {' or '.join(map(str, near[:2]))}"
         )
     if options.servers not in (None, *fitting):
         right = fitting[0]
         raise ConfigError(
             f"--servers {options.servers}: {flag} with {_ranks(size)} needs a root and "
-            f"{_count(right - 1, 'leaf', 'leaves')}; choose --servers {right}, or leave it out"
+            f"{counted(right - 1, 'leaf', 'leaves')}; choose --servers {right}, or leave it out"
         )
     return options.servers or fitting[0]
 
@@ -130,8 +130,4 @@ def _fits(fan_out: int, size: int) -> bool:
 
 
 def _ranks(size: int) -> str:
-    return _count(size, "rank")
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
+    return counted(size, "rank")

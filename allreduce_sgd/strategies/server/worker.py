@@ -6,7 +6,7 @@ worker, and are made equal only then.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -167,7 +167,10 @@ class Served(Strategy):
 
     def _fetch(self, at_least: list[int], training: bool) -> None:
         """Replace the model's parameters by the servers', of at least these versions."""
-        self._versions = self._line.fetch(at_least, training)
+        traffic = self._role.world.traffic
+        # For evaluation they count as that.
+        with traffic.attributed("parameters") if training else nullcontext():
+            self._versions = self._line.fetch(at_least, training)
         self._install()
 
     @torch.no_grad()
