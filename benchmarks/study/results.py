@@ -1,0 +1,141 @@
+"""What a study leaves behind: a file of JSON lines, the first of which tells how it was made, one for each run after.
+
+Tuning runs are kept too (`phase`), since the budget spent on every cell is part of the claim. Numbers that a run did
+not come to, because it missed the target, are null in the file and infinite here.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from math import inf, isinf
+from pathlib import Path
+from typing import Any, Literal
+
+from allreduce_sgd.durable import replace_file
+from allreduce_sgd.errors import ConfigError
+
+__all__ = ["Cell", "Evaluation", "Run", "Study", "read_study", "write_study"]
+
+Phase = Literal["tuning", "measured"]
+_SPENT = ("seconds", "wall_seconds", "samples", "steps", "bytes")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is compared, but for the learning rate, which every cell chooses from its grid.
+
+    `threads` are those of each rank. `network` is a rate between hosts of one rank each, such as "1gbit", or "none"
+    for ranks of one machine. `flags` are further flags of the trainer, by name.
+    """
+
+    label: str
+    contender: str
+    strategy: str
+    ranks: int
+    threads: int
+    global_batch_size: int
+    algorithm: str = "auto"
+    compression: str = "none"
+    network: str = "none"
+    flags: tuple[tuple[str, str | int | float | bool], ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation of the whole test set; `bytes` were sent per rank up to then, None where that is not told."""
+
+    steps: int
+    samples: int
+    train_seconds: float
+    wall_seconds: float
+    bytes: float | None
+    test_accuracy: float
+    test_loss: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training. What it took to reach the target (`seconds` to `bytes`) is infinite where it was not reached.
+
+    `seconds` leave evaluation out, `wall_seconds` do not. `samples_per_second` and the two shares of communication
+    are those of the whole run. `folder` is relative to the results' file; `noise_scale` is None unless measured.
+    """
+
+    cell: Cell
+    phase: Phase
+    lr: float
+    seed: int
+    reached: bool
+    seconds: float
+    wall_seconds: float
+    samples: float
+    steps: float
+    bytes: float | None
+    samples_per_second: float
+    communication_seconds: float | None
+    exposed_communication_seconds: float | None
+    train_seconds: float
+    noise_scale: float | None
+    folder: str
+    evaluations: tuple[Evaluation, ...]
+
+    @property
+    def final_accuracy(self) -> float:
+        return self.evaluations[-1].test_accuracy
+
+
+@dataclass(frozen=True)
+class Study:
+    """The runs, and the file's first line: `head` has what every record of a benchmark has, and the `spec`."""
+
+    head: dict[str, Any]
+    runs: tuple[Run, ...]
+
+    @property
+    def name(self) -> str:
+        return str(self.head["spec"]["name"])
+
+    @property
+    def target_accuracy(self) -> float:
+        return float(self.head["spec"]["target_accuracy"])
+
+
+def line_of(run: Run) -> str:
+    """Return the run as a line of JSON, with the cell's fields beside its own."""
+    entry: dict[str, Any] = asdict(run)
+    cell: dict[str, Any] = entry.pop("cell")
+    cell["flags"] = dict(cell["flags"])
+    for name in _SPENT:
+        if entry[name] is not None and isinf(entry[name]):
+            entry[name] = None
+    return json.dumps({**cell, **entry}, allow_nan=False)
+
+
+def run_of(entry: Mapping[str, Any]) -> Run:
+    """Return the run that a line of JSON stands for. Raises KeyError and TypeError where it is none."""
+    values = dict(entry)
+    cell = {name: values.pop(name) for name in Cell.__dataclass_fields__}
+    cell["flags"] = tuple(cell["flags"].items())
+    if not values["reached"]:
+        values.update({name: inf for name in _SPENT if name != "bytes"})
+        values["bytes"] = inf if any(each["bytes"] is not None for each in values["evaluations"]) else None
+    values["evaluations"] = tuple(Evaluation(**each) for each in values["evaluations"])
+    return Run(cell=Cell(**cell), **values)
+
+
+def write_study(path: Path, head: Mapping[str, Any], runs: Iterable[Run]) -> None:
+    """Write the file anew, all or nothing."""
+    lines = [json.dumps(head, allow_nan=False), *map(line_of, runs)]
+    replace_file(path, "\n".join(lines) + "\n")
+
+
+def read_study(path: Path) -> Study:
+    """Read a file of results. Raises ConfigError where it is not one."""
+    try:
+        first, *rest = path.read_text(encoding="utf-8").splitlines()
+        head = json.loads(first)
+        study = Study(head, tuple(run_of(json.loads(line)) for line in rest))
+        _ = study.name, study.target_accuracy
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ConfigError(f"{path}: not the results of a study: {problem}") from problem
+    return study
