@@ -30,9 +30,9 @@ lint: $(READY) ## check style (ruff), types (mypy) and shell scripts (shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck --external-sources $(SCRIPTS)
 
-bench: $(READY) ## measure step time and time to accuracy on N ranks (N=2)
+bench: $(READY) ## measure step time on N ranks (N=2), and time to accuracy on digits
 	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.time_to_accuracy --ranks 1,$(N)
+	$(BIN)/python -m benchmarks.time_to_accuracy digits
 
 clean: ## remove .venv, caches and build output; runs/ stays
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,7 +15,7 @@ import psutil
 
 from allreduce_sgd.durable import replace_file
 
-__all__ = ["processor", "write_record"]
+__all__ = ["processor", "provenance", "write_record"]
 
 _PACKAGES = ("torch", "numpy", "mpi4py")
 _GIT_SECONDS = 10
@@ -23,15 +23,19 @@ _GIT_SECONDS = 10
 
 def write_record(path: Path, benchmark: str, arguments: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the record of `benchmark`, called with `arguments`. Rows hold what JSON has: no infinities."""
-    record = {
+    record = {**provenance(benchmark, arguments), "rows": rows}
+    replace_file(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
+
+
+def provenance(benchmark: str, arguments: Sequence[str]) -> dict[str, Any]:
+    """Return what was run, by which code, on which machine."""
+    return {
         "benchmark": benchmark,
         "command": shlex.join(["python", "-m", f"benchmarks.{benchmark}", *arguments]),
         "commit": _commit(),
         "machine": _machine(),
         "versions": _versions(),
-        "rows": rows,
     }
-    replace_file(path, json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _commit() -> str | None:
@@ -52,7 +56,7 @@ def _machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
-        # Over 1, 5 and 15 minutes, at the end of the benchmark, which itself is part of it.
+        # Over 1, 5 and 15 minutes; the benchmark itself is part of it.
         "load_average": list(os.getloadavg()),
     }
 

@@ -15,17 +15,15 @@ Serial is one rank with one thread. A run that misses the target took infinitely
 miss it has speed-up 0, and against such a baseline there is none.
 """
 
-import dataclasses
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isinf
 
-from benchmarks.runs import Cell, Outcome
+from benchmarks.study.cells import SERIAL
+from benchmarks.study.results import Cell, Run
 
-__all__ = ["SERIAL", "SpeedUp", "at_best_rate", "by_cell", "speed_up"]
-
-SERIAL = "serial"
+__all__ = ["SERIAL", "SpeedUp", "best_serial", "by_cell", "speed_up", "speed_up_range"]
 
 
 @dataclass(frozen=True)
@@ -49,29 +47,24 @@ class _Medians:
     samples_per_second: float
 
 
-def by_cell(outcomes: Iterable[Outcome]) -> dict[Cell, list[Outcome]]:
-    """Group runs by cell, in the order in which cells first appear."""
-    groups: dict[Cell, list[Outcome]] = {}
-    for outcome in outcomes:
-        groups.setdefault(outcome.cell, []).append(outcome)
+def by_cell(runs: Iterable[Run]) -> dict[Cell, list[Run]]:
+    """Group the measured runs by cell, in the order in which cells first appear."""
+    groups: dict[Cell, list[Run]] = {}
+    for run in runs:
+        if run.phase == "measured":
+            groups.setdefault(run.cell, []).append(run)
     return groups
 
 
-def at_best_rate(cells: Mapping[Cell, Sequence[Outcome]]) -> dict[Cell, Sequence[Outcome]]:
-    """Of cells that differ in the learning rate alone, keep the one that reaches the target soonest.
-
-    Soonest in the median of training seconds; where none does, the one with the highest median accuracy at the end.
-    """
-    best: dict[Cell, Cell] = {}
-    for cell, runs in cells.items():
-        kind = dataclasses.replace(cell, lr=0.0)
-        if kind not in best or _rank(runs) < _rank(cells[best[kind]]):
-            best[kind] = cell
-    return {cell: cells[cell] for cell in best.values()}
+def best_serial(cells: Mapping[Cell, Sequence[Run]]) -> Cell | None:
+    """Return the serial cell that reaches the target soonest, in the median; None where none does."""
+    seconds = {cell: _medians(runs).seconds for cell, runs in cells.items() if cell.contender == SERIAL}
+    best = min(seconds, key=lambda cell: seconds[cell], default=None)
+    return None if best is None or isinf(seconds[best]) else best
 
 
-def speed_up(runs: Sequence[Outcome], cells: Mapping[Cell, Sequence[Outcome]]) -> SpeedUp:
-    """Compare the runs of one cell with the serial cells among `cells`, each at its best learning rate."""
+def speed_up(runs: Sequence[Run], cells: Mapping[Cell, Sequence[Run]]) -> SpeedUp:
+    """Compare the runs of one cell with the serial cells among `cells`."""
     mine = _medians(runs)
     serial = [_medians(theirs) for cell, theirs in cells.items() if cell.contender == SERIAL]
     same = next((each for each in serial if each.batch_size == mine.batch_size), None)
@@ -93,12 +86,17 @@ def speed_up(runs: Sequence[Outcome], cells: Mapping[Cell, Sequence[Outcome]]) -
     )
 
 
-def _rank(runs: Sequence[Outcome]) -> tuple[float, float]:
-    accuracy = statistics.median(run.evaluations[-1].test_accuracy for run in runs)
-    return statistics.median(run.seconds for run in runs), -accuracy
+def speed_up_range(runs: Sequence[Run], cells: Mapping[Cell, Sequence[Run]]) -> tuple[float, float] | None:
+    """Return the lowest and highest `accuracy_over_best` over a cell's seeds: baseline's median ÷ each seed's."""
+    best = best_serial(cells)
+    if best is None:
+        return None
+    baseline = _medians(cells[best]).seconds
+    gains = [baseline / run.seconds for run in runs]
+    return min(gains), max(gains)
 
 
-def _medians(runs: Sequence[Outcome]) -> _Medians:
+def _medians(runs: Sequence[Run]) -> _Medians:
     return _Medians(
         runs[0].cell.global_batch_size,
         statistics.median(run.seconds for run in runs),

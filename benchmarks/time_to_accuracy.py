@@ -1,47 +1,74 @@
-"""How soon is a target accuracy reached, and what do ranks gain? `python -m benchmarks.time_to_accuracy`.
+"""How soon is a target accuracy reached, and what do ranks gain? `python -m benchmarks.time_to_accuracy SPEC`.
 
-Started without mpirun. Every run is `python -m allreduce_sgd.train` in a process of its own, under mpirun where it has
-several ranks, and ends at the first evaluation that reaches the target accuracy. Cells are:
+Started without mpirun. A study is a grid of cells, read from a TOML file:
 
 - serial                one rank, one thread, at each of the serial mini-batches: the baseline is the best of them
 - one_rank_all_cores    one rank whose library computes in as many threads as there are cores
-- allreduce_sgd         each strategy on each number of ranks, one thread per rank
+- torch_ddp_gloo        torch's DistributedDataParallel over Gloo, one thread per rank
+- allreduce_sgd         every combination of ranks, strategy, mini-batch, algorithm, codec and network; likewise
 
-Every cell is run with every seed and every learning rate, and counts at its best rate, the baseline too. Rates are
-given for the global mini-batch B; serial runs with mini-batch b take lr · b/B (the linear scaling rule). Evaluations
-stand on one grid of samples for all cells. Seeds are the outer loop, so that the drift of a noisy machine hits all
-cells alike. Reported are medians over seeds with [minimum–maximum], where a run that misses the target counts as
-infinite, and the speed-ups of `speedup.py`. Two clocks: training seconds, which leave evaluation out, and wall seconds
-since the trainer was built, which include it; neither has the start of Python or of MPI.
+Every run is a training in processes of its own, as a user starts it, and ends at the first evaluation that reaches the
+target accuracy. First every cell chooses its learning rate: each tries as many rates with as many seeds, which do not
+count afterwards; see `study/tuning.py`. Then each runs with the seeds that count. Seeds are the outer loop, so that the
+drift of a noisy machine hits all cells alike. Evaluations stand on one grid of samples for all cells. Reported are
+medians over seeds with [minimum–maximum], where a run that misses the target counts as infinite, and the speed-ups of
+`speedup.py`. Two clocks: training seconds, which leave evaluation out, and wall seconds since the trainer was built,
+which include it; neither has the start of Python or of MPI.
+
+A line of OUTPUT/results.jsonl is written after every run, whose folder is in OUTPUT/runs. A study that was ended goes
+on where it stopped when it is started again: finished runs are read, not repeated.
 """
 
 import argparse
 import dataclasses
-import importlib.util
 import os
 import signal
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from math import isinf
+import time
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.failure import INTERRUPTED
-from allreduce_sgd.strategies.options import STRATEGIES
 from allreduce_sgd.topology import announced_size, launcher_rank
-from benchmarks.arguments import Parser, check_writable, fraction, names, positive_int, positive_ints, positive_numbers
-from benchmarks.record import write_record
-from benchmarks.runs import Cell, Outcome, RunFailed, Task, find_mpirun
-from benchmarks.speedup import SERIAL, at_best_rate, by_cell, speed_up
-from benchmarks.table import format_number, format_range, format_table
+from benchmarks.arguments import Parser, check_writable, fraction, positive_int
+from benchmarks.record import provenance, write_record
+from benchmarks.runs import RunFailed, find_mpirun
+from benchmarks.study.cells import all_cells, check_cells
+from benchmarks.study.progress import Progress
+from benchmarks.study.results import Cell, Phase, Run, append_run, fields_of, write_study
+from benchmarks.study.spec import Spec, read_spec, shipped
+from benchmarks.study.tables import tables
+from benchmarks.study.training import RUNS, is_finished, run_cell
+from benchmarks.study.tuning import FIRST_TUNING_SEED, choices
+from benchmarks.table import format_table
 
-__all__ = ["cells", "label", "main", "row", "run", "tables"]
+__all__ = ["main", "row", "run"]
 
-_ALL_CORES = "one_rank_all_cores"
-_OURS = "allreduce_sgd"
+_EPILOG = """\
+A spec is a TOML file. Its keys, with [...] for what may be left out:
+
+  name, dataset, model, [hidden = "512,512"]     what is trained, as for training; the name is that of the study
+  target_accuracy, epochs                        the test accuracy to reach, and where a run ends that misses it
+  evaluate_every_samples                         samples between two evaluations: a multiple of every mini-batch
+  [seeds = 5, timeout_seconds = 900]             runs of each cell, and the deadline of each run
+  [noise_scale = false]                          measure the gradient noise scale in synchronous cells
+
+  [trainer]      further flags of training for all cells (default: momentum = 0.9, device = "cpu")
+  [tuning]       lr = [...], ascending: every cell tries each in as many runs, and takes the one that needs
+                 fewest samples to the target
+                 [scaling = "none", batch_size = B]   "linear" or "sqrt": lr is for mini-batches of B samples
+                 [seeds = 1]                          runs of each cell with each rate
+  [grid]         ranks = [...], strategies = [...], global_batch_sizes = [...], [algorithms], [compressions],
+                 [networks = ["none"]]: every combination is a cell. A strategy is a name, or
+                 {name = "local", label = "local, period 8", flags = {period = 8}}. A network is a rate such as
+                 "1gbit", of links between virtual hosts with one rank each (needs root), or "none"
+  [baselines]    [serial_batches = [1, 64]]           one rank, one thread
+                 [all_cores, torch_ddp = false]       also one rank with all cores, and torch's DDP, at the grid's
+                                                      mini-batches (and ranks and networks)
+
+Exit status: 0 done, 1 a run failed, 2 bad arguments or a bad spec."""
 
 
 def run() -> int:
@@ -55,10 +82,17 @@ def run() -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the grid, and return the exit status: 0 done, 1 a run failed, 2 bad arguments."""
+    """Run the study, and return the exit status: 0 done, 1 a run failed, 2 bad arguments or a bad spec."""
     try:
         options = _parse(arguments)
-        outcomes = _run_all(options)
+        spec = _overridden(read_spec(options.spec), options)
+        cells = _cells(spec, options)
+        if options.list:
+            print(_listing(spec, cells))
+            return 0
+        _check_machine(cells)
+        output = options.output or Path("runs") / f"study-{spec.name}"
+        runs = _run_all(spec, cells, output, options.data_dir, provenance("time_to_accuracy", arguments))
     except ConfigError as problem:
         if launcher_rank(os.environ) == 0:
             print(f"time_to_accuracy: error: {problem}", file=sys.stderr, flush=True)
@@ -66,150 +100,132 @@ def main(arguments: Sequence[str]) -> int:
     except RunFailed as problem:
         print(f"time_to_accuracy: a run {problem}", file=sys.stderr, flush=True)
         return 1
-    best = at_best_rate(by_cell(outcomes))
-    heading = f"{options.model} on {options.dataset} to {100 * options.target_accuracy:g} % test accuracy"
-    print(f"{heading}: median [min–max] over {options.seeds} seeds\n\n{tables(best)}")
+    heading = f"{spec.name}: {spec.model} on {spec.dataset} to {100 * spec.target_accuracy:g} % test accuracy"
+    print(f"{heading}; median [min–max] over {counted(spec.seeds, 'seed')}\n\n{tables(runs)}\n\n{output}/results.jsonl")
     if options.json is not None:
-        write_record(options.json, "time_to_accuracy", arguments, [row(outcome, options) for outcome in outcomes])
-    if options.plot is not None:
-        from benchmarks.accuracy_plot import plot_accuracy
-
-        labelled = {label(cell): runs for cell, runs in best.items()}
-        plot_accuracy(labelled, options.target_accuracy, heading, options.plot)
+        rows = [row(one, spec) for one in runs if one.phase == "measured"]
+        write_record(options.json, "time_to_accuracy", arguments, rows)
     return 0
 
 
-def cells(options: argparse.Namespace, cores: int) -> Iterator[Cell]:
-    """Return the cells to run; one rank alone is serial SGD under every strategy."""
-    batch = options.global_batch_size
-    if 1 in options.ranks:
-        for serial_batch in sorted({*options.serial_batches, batch}):
-            for rate in options.lr:
-                yield Cell(SERIAL, "sync", 1, 1, serial_batch, rate * serial_batch / batch)
-        if cores > 1:
-            for rate in options.lr:
-                yield Cell(_ALL_CORES, "sync", 1, cores, batch, rate)
-    for strategy in options.strategies:
-        for ranks in options.ranks:
-            for rate in options.lr:
-                if ranks > 1:
-                    yield Cell(_OURS, strategy, ranks, 1, batch, rate)
-
-
-def label(cell: Cell) -> str:
-    """Return what a table or plot calls the cell, of which it shows one learning rate."""
-    if cell.contender == SERIAL:
-        return f"serial, batch {cell.global_batch_size}"
-    if cell.contender == _ALL_CORES:
-        return f"one rank, {cell.threads} threads"
-    return f"{cell.strategy}, {cell.ranks} ranks"
-
-
-def row(outcome: Outcome, options: argparse.Namespace) -> dict[str, Any]:
+def row(run: Run, spec: Spec) -> dict[str, Any]:
     """Return the record's row of a run; null stands for what it took to reach a target that was not reached."""
-    spent = {
-        "seconds": outcome.seconds,
-        "wall_seconds": outcome.wall_seconds,
-        "samples": outcome.samples,
-        "steps": outcome.steps,
-        "bytes": outcome.sent_bytes,
-    }
-    return {
-        "dataset": options.dataset,
-        "model": options.model,
-        "target_accuracy": options.target_accuracy,
-        **dataclasses.asdict(outcome.cell),
-        "seed": outcome.seed,
-        "reached": outcome.reached,
-        **{name: None if value is None or isinf(value) else value for name, value in spent.items()},
-        "samples_per_second": outcome.samples_per_second,
-        "final_accuracy": outcome.evaluations[-1].test_accuracy,
-    }
+    fields = fields_of(run)
+    del fields["evaluations"]
+    task = {"dataset": spec.dataset, "model": spec.model, "target_accuracy": spec.target_accuracy}
+    return {**task, **fields, "final_accuracy": run.final_accuracy}
 
 
-def tables(best: Mapping[Cell, Sequence[Outcome]]) -> str:
-    """Return two tables: what each cell took to reach the target, and its speed-ups."""
-    took, gained = [], []
-    for cell, runs in best.items():
-        megabytes = [run.sent_bytes / 1e6 for run in runs if run.sent_bytes is not None]
-        took.append(
-            [
-                label(cell),
-                f"{cell.lr:.3g}",
-                f"{sum(run.reached for run in runs)}/{len(runs)}",
-                format_range([run.seconds for run in runs]),
-                format_range([run.wall_seconds for run in runs]),
-                format_range([run.samples for run in runs]),
-                format_range([run.steps for run in runs]),
-                format_range(megabytes) if megabytes else "–",
-                format_range([run.samples_per_second for run in runs]),
-            ]
+def _cells(spec: Spec, options: argparse.Namespace) -> list[Cell]:
+    cells = all_cells(spec, len(os.sched_getaffinity(0)))
+    check_cells(options.spec, spec, cells)
+    if options.only is not None:
+        cells = [cell for cell in cells if options.only in cell.label]
+        if not cells:
+            raise ConfigError(f"--only {options.only}: no cell's label contains it; --list shows them")
+    return cells
+
+
+def _overridden(spec: Spec, options: argparse.Namespace) -> Spec:
+    given = {name: getattr(options, name) for name in ("seeds", "epochs", "target_accuracy")}
+    spec = dataclasses.replace(spec, **{name: value for name, value in given.items() if value is not None})
+    if options.tuning_seeds is not None:
+        spec = dataclasses.replace(spec, tuning=dataclasses.replace(spec.tuning, seeds=options.tuning_seeds))
+    return spec
+
+
+def _check_machine(cells: Iterable[Cell]) -> None:
+    """Raise ConfigError where this machine cannot run the cells: better now than after an hour."""
+    cells = list(cells)
+    launched = announced_size(os.environ)
+    if launched is not None and launched[1] > 1:
+        raise ConfigError(f"{launched[0]} started {launched[1]} of this; start one, it calls mpirun itself")
+    if any(cell.ranks > 1 for cell in cells):
+        find_mpirun()
+    limited = next((cell for cell in cells if cell.network != "none"), None)
+    if limited is not None and os.geteuid() != 0:
+        raise ConfigError(
+            f"grid.networks: {limited.network}: making virtual hosts needs root; leave it out with --only"
         )
-        gained.append([label(cell), *map(format_number, dataclasses.astuple(speed_up(runs, best)))])
-    first = ["cell", "lr", "reached", "train s", "wall s", "samples", "steps", "MB sent per rank", "samples/s"]
-    second = ["speed-up", "same batch", "epoch ÷ b=1", "epoch ÷ best", "accuracy ÷ b=1", "accuracy ÷ best"]
-    second += ["= hardware", "× statistical"]
-    return f"{format_table(first, took)}\n\n{format_table(second, gained)}"
 
 
-def _run_all(options: argparse.Namespace) -> list[Outcome]:
-    task = Task(
-        options.dataset,
-        options.data_dir,
-        options.model,
-        options.hidden,
-        options.period,
-        options.target_accuracy,
-        options.epochs,
-        options.evaluate_every,
-        options.timeout_seconds,
-        options.output or Path("runs") / f"time_to_accuracy-{options.dataset.replace(':', '.')}-{options.model}",
-    )
-    todo = [(cell, seed) for seed in range(options.seeds) for cell in cells(options, len(os.sched_getaffinity(0)))]
-    outcomes = []
-    with tqdm(todo, unit="run", leave=False, disable=not sys.stderr.isatty()) as bar:
-        for cell, seed in bar:
-            bar.set_postfix_str(f"{label(cell)}, seed {seed}")
-            outcomes.append(task.run(cell, seed))
-    return outcomes
+def _tuning(spec: Spec, cells: Sequence[Cell]) -> list[tuple[Cell, float, int]]:
+    """Return the runs by which cells choose their rates; none where there is no choice."""
+    if len(spec.tuning.lr) == 1:
+        return []
+    return [
+        (cell, spec.tuning.rates(cell.global_batch_size)[index], FIRST_TUNING_SEED + seed)
+        for seed in range(spec.tuning.seeds)
+        for index in range(len(spec.tuning.lr))
+        for cell in cells
+    ]
+
+
+def _run_all(spec: Spec, cells: Sequence[Cell], output: Path, data_dir: Path | None, head: dict[str, Any]) -> list[Run]:
+    """Run the study, and return its runs. The file of results has them all at any time."""
+    tuning = _tuning(spec, cells)
+    try:
+        (output / RUNS).mkdir(parents=True, exist_ok=True)
+        results = output / "results.jsonl"
+        write_study(results, {**head, "spec": dataclasses.asdict(spec)}, [])
+    except OSError as problem:
+        raise ConfigError(f"--output {output}: cannot write there: {problem.strerror}") from problem
+    runs: list[Run] = []
+    with Progress([*(cell for cell, _, _ in tuning), *(cell for cell in cells for _ in range(spec.seeds))]) as progress:
+
+        def take(todo: Iterable[tuple[Cell, float, int]], phase: Phase) -> None:
+            for cell, lr, seed in todo:
+                progress.starts(cell, lr, seed)
+                there = is_finished(output, cell, lr, seed)
+                began = time.monotonic()
+                runs.append(run_cell(spec, output, data_dir, cell, phase, lr, seed))
+                append_run(results, runs[-1])
+                progress.ended(cell, None if there else time.monotonic() - began)
+
+        take(tuning, "tuning")
+        chosen = choices(runs)
+        rates = {
+            cell: chosen[cell].lr if cell in chosen else spec.tuning.rates(cell.global_batch_size)[0] for cell in cells
+        }
+        take([(cell, rates[cell], seed) for seed in range(spec.seeds) for cell in cells], "measured")
+    return runs
+
+
+def _listing(spec: Spec, cells: Sequence[Cell]) -> str:
+    tuning, measured = len(_tuning(spec, cells)), spec.seeds * len(cells)
+    lines = [
+        [cell.label, cell.contender, ", ".join(f"{rate:.3g}" for rate in spec.tuning.rates(cell.global_batch_size))]
+        for cell in cells
+    ]
+    table = format_table(["cell", "contender", "learning rates"], lines, text_columns=3)
+    counts = f"{counted(len(cells), 'cell')}, {tuning} tuning and {measured} measured runs: {tuning + measured} in all"
+    return f"{table}\n\n{counts}"
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("time_to_accuracy", "Measure the time to a target accuracy; it starts mpirun itself.")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = _EPILOG
     add = parser.add_argument
-    add("--dataset", default="digits", metavar="NAME", help="data set, as for training")
+    add("spec", metavar="SPEC", help=f"a TOML file, or one of {', '.join(shipped())}")
+    add("--list", action="store_true", help="print the cells and the number of runs, and run nothing")
+    add("--only", metavar="TEXT", help="only the cells whose label contains this")
+    _add_override(add, "--seeds", "runs of each cell, with the seeds 0 to N-1")
+    _add_override(
+        add, "--tuning-seeds", f"runs of each cell with each rate, with the seeds from {FIRST_TUNING_SEED} on"
+    )
+    _add_override(add, "--epochs", "where a run ends that misses the target")
+    add("--target-accuracy", type=fraction, metavar="X", help="the target, a fraction, instead of the spec's")
     add("--data-dir", type=Path, metavar="DIR", help="folder with the data set's files")
-    add("--model", default="mlp", metavar="NAME", help="model, as for training")
-    add("--hidden", default="512,512", metavar="WIDTHS", help="widths of the hidden layers of --model mlp")
-    add("--ranks", type=positive_ints, default="1,2", metavar="N,...", help="rank counts; 1 adds the baselines")
-    add("--strategies", default="sync,local", metavar="NAMES", help="strategies, separated by commas")
-    add("--period", type=positive_int, default=8, metavar="N", help="steps between averages of local strategies")
-    add("--global-batch-size", type=positive_int, default=64, metavar="N", help="samples of all ranks per step")
-    add("--serial-batches", type=positive_ints, default="1,16,64", metavar="N,...", help="mini-batches of serial SGD")
-    add("--lr", type=positive_numbers, default="0.05", metavar="X,...", help="learning rates to choose from")
-    add("--target-accuracy", type=fraction, default="0.96", metavar="X", help="test accuracy, a fraction")
-    add("--epochs", type=positive_int, default=30, metavar="N", help="where a run ends that misses the target")
-    add("--seeds", type=positive_int, default=5, metavar="N", help="runs of each cell, with the seeds 0 to N-1")
-    add("--evaluate-every", type=positive_int, default=512, metavar="N", help="samples between two evaluations")
-    add("--timeout-seconds", type=positive_int, default=900, metavar="N", help="deadline of each run")
-    add("--output", type=Path, metavar="DIR", help="folder of the runs; finished ones in it are not run again")
-    add("--json", type=Path, metavar="FILE", help="write the record here")
-    add("--plot", type=Path, metavar="FILE.png", help="draw accuracy against time here")
+    add("--output", type=Path, metavar="DIR", help="folder of the study (default: runs/study-NAME)")
+    add("--json", type=Path, metavar="FILE", help="write a record with the measured runs here")
     options = parser.parse_args(arguments)
-    options.strategies = names("--strategies", options.strategies, STRATEGIES)
-    for batch in (options.global_batch_size, *(options.serial_batches if 1 in options.ranks else ())):
-        if options.evaluate_every % batch:
-            raise ConfigError(f"--evaluate-every {options.evaluate_every}: not a multiple of the mini-batch {batch}")
     check_writable("--json", options.json)
-    check_writable("--plot", options.plot)
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot: the package matplotlib is not installed")
-    launched = announced_size(os.environ)
-    if launched is not None and launched[1] > 1:
-        raise ConfigError(f"{launched[0]} started {launched[1]} of this; start one, it calls mpirun itself")
-    if max(options.ranks) > 1:
-        find_mpirun()
     return options
+
+
+def _add_override(add: Callable[..., Any], flag: str, what: str) -> None:
+    add(flag, type=positive_int, metavar="N", help=f"{what}, instead of the spec's")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from allreduce_sgd.durable import replace_file
 from allreduce_sgd.errors import ConfigError
 
-__all__ = ["Cell", "Evaluation", "Run", "Study", "read_study", "write_study"]
+__all__ = ["Cell", "Evaluation", "Phase", "Run", "Study", "append_run", "fields_of", "read_study", "write_study"]
 
 Phase = Literal["tuning", "measured"]
 _SPENT = ("seconds", "wall_seconds", "samples", "steps", "bytes")
@@ -100,15 +100,15 @@ class Study:
         return float(self.head["spec"]["target_accuracy"])
 
 
-def line_of(run: Run) -> str:
-    """Return the run as a line of JSON, with the cell's fields beside its own."""
+def fields_of(run: Run) -> dict[str, Any]:
+    """Return the run as JSON has it, with the cell's fields beside its own."""
     entry: dict[str, Any] = asdict(run)
     cell: dict[str, Any] = entry.pop("cell")
     cell["flags"] = dict(cell["flags"])
     for name in _SPENT:
         if entry[name] is not None and isinf(entry[name]):
             entry[name] = None
-    return json.dumps({**cell, **entry}, allow_nan=False)
+    return {**cell, **entry}
 
 
 def run_of(entry: Mapping[str, Any]) -> Run:
@@ -125,8 +125,14 @@ def run_of(entry: Mapping[str, Any]) -> Run:
 
 def write_study(path: Path, head: Mapping[str, Any], runs: Iterable[Run]) -> None:
     """Write the file anew, all or nothing."""
-    lines = [json.dumps(head, allow_nan=False), *map(line_of, runs)]
-    replace_file(path, "\n".join(lines) + "\n")
+    lines = [head, *map(fields_of, runs)]
+    replace_file(path, "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
+
+
+def append_run(path: Path, run: Run) -> None:
+    """Add a run to the file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(f"{json.dumps(fields_of(run), allow_nan=False)}\n")
 
 
 def read_study(path: Path) -> Study:

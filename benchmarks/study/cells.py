@@ -1,0 +1,114 @@
+"""The cells of a study, and what the trainer is told for each of them."""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from allreduce_sgd.command_line import parse
+from allreduce_sgd.config import options
+from allreduce_sgd.errors import ConfigError
+from benchmarks.runs import words
+from benchmarks.study.results import Cell
+from benchmarks.study.spec import Spec
+
+__all__ = ["ALL_CORES", "OURS", "SERIAL", "TORCH", "all_cells", "check_cells", "flags_of", "folder_name"]
+
+SERIAL = "serial"
+ALL_CORES = "one_rank_all_cores"
+OURS = "allreduce_sgd"
+TORCH = "torch_ddp_gloo"
+
+_MOMENTUM = 0.9
+# The others say how ours exchanges gradients.
+_OF_ALL_CONTENDERS = frozenset(
+    each.name for each in options() if each.group in ("data", "model", "training", "optimizer")
+)
+
+
+def all_cells(spec: Spec, cores: int) -> list[Cell]:
+    """Return the cells of a machine with so many cores: baselines first, then the grid."""
+    grid, baselines = spec.grid, spec.baselines
+    found = [Cell(f"serial, batch {batch}", SERIAL, "sync", 1, 1, batch) for batch in baselines.serial_batches]
+    if baselines.all_cores and cores > 1:
+        found += [
+            Cell(f"one rank, {cores} threads, batch {batch}", ALL_CORES, "sync", 1, cores, batch)
+            for batch in grid.global_batch_sizes
+        ]
+    for network, ranks, batch in itertools.product(grid.networks, grid.ranks, grid.global_batch_sizes):
+        where = f", {ranks} ranks, batch {batch}"
+        over = "" if network == "none" else f", {network}"
+        if baselines.torch_ddp:
+            found.append(Cell(f"torch DDP{where}{over}", TORCH, "sync", ranks, 1, batch, network=network))
+        for entry, algorithm, codec in itertools.product(grid.strategies, grid.algorithms, grid.compressions):
+            how = "".join(f", {name}" for name in (algorithm, codec) if name not in ("auto", "none"))
+            label, flags = f"{entry.label}{where}{how}{over}", tuple(entry.flags.items())
+            found.append(Cell(label, OURS, entry.name, ranks, 1, batch, algorithm, codec, network, flags))
+    return found
+
+
+def check_cells(source: str, spec: Spec, cells: Sequence[Cell]) -> None:
+    """Raise ConfigError where two cells are one, or the trainer refuses one of them, as far as it tells by its flags.
+
+    `source` is the spec's name or file, for the text.
+    """
+    if not cells:
+        raise ConfigError(f"{source}: no cells: [grid] needs ranks, strategies and global_batch_sizes")
+    labels: dict[str, Cell] = {}
+    values: dict[Cell, str] = {}
+    for cell in cells:
+        if cell.label in labels:
+            raise ConfigError(f"{source}: two cells are called {cell.label!r}; strategies need labels that differ")
+        same = values.setdefault(replace(cell, label=""), cell.label)
+        if same != cell.label:
+            raise ConfigError(f"{source}: the cells {same!r} and {cell.label!r} are the same")
+        labels[cell.label] = cell
+        try:
+            parse(words(flags_of(spec, cell, spec.tuning.rates(cell.global_batch_size)[0], 0)))
+        except ConfigError as problem:
+            raise ConfigError(f"{source}: {cell.label}: {problem}") from problem
+
+
+def flags_of(spec: Spec, cell: Cell, lr: float, seed: int) -> dict[str, str | int | float | bool]:
+    """Return the flags of a run. Whatever results depend on is given explicitly; only folders are left out."""
+    every = spec.evaluate_every_samples // cell.global_batch_size
+    flags: dict[str, str | int | float | bool] = {
+        "dataset": spec.dataset,
+        "model": spec.model,
+        "optimizer": "sgd",
+        "device": "cpu",
+        **spec.trainer,
+        **dict(cell.flags),
+        "strategy": cell.strategy,
+        "lr": lr,
+        "global-batch-size": cell.global_batch_size,
+        "epochs": spec.epochs,
+        "target-accuracy": spec.target_accuracy,
+        "evaluate-every": every,
+        # Logging costs a small all-reduce: as often, in samples, for every cell.
+        "log-every": every,
+        "seed": seed,
+        "threads": cell.threads,
+    }
+    if spec.hidden is not None:
+        flags["hidden"] = spec.hidden
+    if str(flags["optimizer"]).lower() == "sgd":
+        # DGC has a momentum of its own.
+        flags.setdefault("momentum", 0.0 if cell.compression == "dgc" else _MOMENTUM)
+    if cell.contender == TORCH:
+        return {name: value for name, value in flags.items() if name in _OF_ALL_CONTENDERS}
+    if cell.contender == OURS:
+        flags |= {"algorithm": cell.algorithm, "compression": cell.compression}
+        if spec.noise_scale and cell.strategy == "sync" and cell.compression == "none":
+            flags["noise-scale"] = 1
+    return flags
+
+
+def folder_name(cell: Cell, lr: float, seed: int) -> str:
+    """Return the name of a run's folder, which follows from what was run, and not from what it is called."""
+    parts = [cell.contender, cell.strategy, f"p{cell.ranks}", f"t{cell.threads}", f"b{cell.global_batch_size}"]
+    parts += [name for name in (cell.algorithm, cell.compression, cell.network) if name not in ("auto", "none")]
+    if cell.flags:
+        parts.append(hashlib.sha256(json.dumps(cell.flags).encode()).hexdigest()[:8])
+    return "-".join([*parts, f"lr{lr:g}", f"seed{seed}"])
