@@ -1,0 +1,250 @@
+"""The program: its modes end to end, what they print and write, and what they refuse."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from allreduce_sgd.schedules.cost import LinkCost
+from allreduce_sgd.schedules.simulate import LinkBySize, Network
+from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.figures import draw
+from benchmarks.scaling.presets import PRESETS
+from benchmarks.scaling.profile import Compute, Profile
+from benchmarks.scaling.published import CASES, published_rows
+from benchmarks.scaling.reductions import Reductions
+from benchmarks.scaling.step_probe import Measured
+from benchmarks.scaling.stepping import Plan, step_time
+from benchmarks.scaling.validate import at_rate, predicted_rows
+from benchmarks.study.results import Cell, Evaluation, Run, write_study
+from tests.launching import mpirun
+
+GIVEN = ["--s-min", "100", "--b-crit", "512"]
+
+
+def a_compute(batch: int, model: str = "mlp512") -> Compute:
+    sizes = (1_605_632, 2048, 1_048_576, 2048, 20_480, 40)
+    arrivals = tuple(1e-4 * batch * seconds for seconds in (0.5, 0.5, 0.25, 0.25, 0.05, 0.05))
+    return Compute(f"{model}-b{batch}", batch, sizes, 3e-5 * batch, 6e-5 * batch, 5e-4, arrivals, 1.3)
+
+
+def a_profile() -> Profile:
+    link = LinkBySize((), (LinkCost(50e-6, 1e-9, 1e-10),))
+    computes = (a_compute(16), a_compute(64), a_compute(64, "cnn"))
+    return Profile(computes, link, 1e-5, ranks=2, hosts=2, cores=4)
+
+
+@pytest.fixture
+def profile_file(tmp_path: Path) -> Path:
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({"rows": a_profile().rows()}))
+    return file
+
+
+def run(mode: str, profile: Path, *flags: str) -> int:
+    return main([mode, "--profile", str(profile), *flags])
+
+
+def test_predict_prints_writes_and_draws(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record, figures = tmp_path / "record.json", tmp_path / "figures"
+    flags = ["--ranks", "1,2,64", "--strategies", "sync,local", "--scaling", "weak,strong", "--network", "10gbe"]
+    flags += ["--workloads", "mlp512-b64", *GIVEN]
+    assert run("predict", profile_file, *flags, "--json", str(record), "--figures", str(figures)) == 0
+    printed = capsys.readouterr().out
+    assert "SIMULATED" in printed
+    assert "≥" in printed
+    rows = json.loads(record.read_text())["rows"]
+    assert {(row["strategy"], row["scaling"], row["ranks"]) for row in rows} == {
+        (strategy, scaling, ranks)
+        for strategy in ("sync", "local")
+        for scaling in ("weak", "strong")
+        for ranks in (1, 2, 64)
+    }
+    assert all(row["kind"] == "prediction" and row["simulated"] for row in rows)
+    names = ["scaling_speed_up.png", "scaling_step_time.png", "scaling_to_accuracy.png"]
+    assert sorted(path.name for path in figures.iterdir()) == names
+
+
+def test_advice_keeps_to_the_efficiency_and_tells_what_others_cost(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "record.json"
+    flags = ["--ranks", "1,2,8,64", "--network", "25gbe", "--min-efficiency", "0.4", *GIVEN, "--json", str(record)]
+    assert run("advise", profile_file, *flags) == 0
+    assert "recommended" in capsys.readouterr().out
+    best, *others = json.loads(record.read_text())["rows"]
+    assert best["choice"] == "recommended"
+    assert best["strategy"] == "sync"
+    assert best["accuracy_efficiency"] >= 0.4
+    rivals = [row for row in others if row["strategy"] == "sync" and row["accuracy_efficiency"] >= 0.4]
+    assert rivals
+    assert all(best["seconds_to_target"] <= row["seconds_to_target"] for row in rivals)
+    fewest = next(row for row in others if row["choice"] == "fewest rank-hours")
+    assert all(fewest["rank_hours"] <= row["rank_hours"] for row in others if row["strategy"] == "sync")
+
+
+def test_a_study_gives_the_steps(profile_file: Path, tmp_path: Path) -> None:
+    def a_run(strategy: str, ranks: int, batch: int, steps: float, seed: int) -> Run:
+        cell = Cell("a cell", "allreduce_sgd", strategy, ranks, 1, batch, flags=(("period", 8),))
+        end = Evaluation(int(steps), int(batch * steps), 1.0, 1.0, None, 0.9, None)
+        spent = (1.0, 1.0, batch * steps, steps, None)
+        return Run(cell, "measured", 0.1, seed, True, *spent, 1.0, None, None, 1.0, None, "runs/one", (end,))
+
+    runs = [a_run("sync", 2, batch, 100 * (1 + 256 / batch), seed) for batch in (16, 64, 256) for seed in (0, 1)]
+    runs += [a_run("local", 2, 128, 1234.0, 0)]
+    file, record = tmp_path / "results.jsonl", tmp_path / "record.json"
+    write_study(file, {"spec": {"name": "made up", "target_accuracy": 0.9}}, runs)
+    flags = ["--ranks", "2,4", "--strategies", "sync,local", "--workloads", "mlp512-b64", "--study", str(file)]
+    assert run("predict", profile_file, *flags, "--json", str(record)) == 0
+    found = {(row["strategy"], row["ranks"]): row for row in json.loads(record.read_text())["rows"]}
+    assert found["sync", 4]["steps_to_target"] == pytest.approx(200, rel=1e-3)
+    assert (found["local", 2]["steps_to_target"], found["local", 2]["steps_basis"]) == (1234, "measured")
+    assert found["local", 4]["steps_basis"] == "at least"
+
+
+def a_measurement(name: str, ranks: int, seconds: float) -> Measured:
+    return Measured(name, ranks, seconds, 0.9 * seconds, 1.1 * seconds, 3)
+
+
+def test_validation_predicts_what_the_model_itself_would_measure() -> None:
+    profile = a_profile()
+    truth = a_compute(32)
+    network = Reductions(Network(profile.link), "auto", profile.call_seconds)
+    seconds = step_time(truth, 2, network, Plan()).seconds
+    measured = {"mlp512-b32": a_measurement("mlp512-b32", 2, seconds)}
+    fit = ("mlp512-b16", "mlp512-b64")
+    rows = predicted_rows(profile, {"mlp512-b32": truth}, measured, fit, 2, "here")
+    assert {row["computing"]: row["error"] for row in rows} == {
+        "modelled": pytest.approx(0, abs=0.02),
+        "measured": pytest.approx(0, abs=1e-9),
+    }
+    assert all(row["oversubscription"] is None for row in rows)
+
+
+def test_more_ranks_than_cores_get_a_factor_from_other_workloads() -> None:
+    profile = a_profile()
+    network = Reductions(Network(profile.link), "auto", profile.call_seconds)
+    names = {f"mlp512-b{batch}": a_compute(batch) for batch in (16, 32, 64)}
+    measured = {
+        name: a_measurement(name, 8, 3 * step_time(compute, 8, network, Plan()).seconds)
+        for name, compute in names.items()
+    }
+    (row,) = predicted_rows(profile, {}, measured, ("mlp512-b16", "mlp512-b64"), 2, "here")
+    assert row["workload"] == "mlp512-b32"
+    assert row["oversubscription"] == pytest.approx(3)
+    assert row["error"] == pytest.approx(0, abs=0.02)
+
+
+def test_another_rate_changes_the_nominal_part_of_the_price_of_a_byte() -> None:
+    link = LinkBySize((4096,), (LinkCost(1e-5, 2e-9, 1e-10), LinkCost(1e-5, 9e-9, 1e-10)))
+    in_a_burst, limited = at_rate(link, 1.0, 0.1).costs
+    assert limited.beta_seconds_per_byte == pytest.approx(80e-9 + 1e-9)
+    assert in_a_burst.beta_seconds_per_byte == pytest.approx(20e-9)
+    assert limited.alpha_seconds == 1e-5
+    assert [cost.beta_seconds_per_byte for cost in at_rate(link, 1.0, 1.0).costs] == pytest.approx([2e-9, 9e-9])
+
+
+def test_recorded_steps_are_held_against_their_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parts = {"bucket_ready_seconds": [0.01], "bucket_reduction_seconds": [0.02], "contention": 1.0}
+    times = {"median_seconds": 0.04, "minimum_seconds": 0.03, "maximum_seconds": 0.05, "rounds": 3}
+    row = {"workload": "w", "contender": "allreduce_sgd", "ranks": 2, "hosts": 2, **parts, **times}
+    file, record = tmp_path / "step_time.json", tmp_path / "record.json"
+    file.write_text(json.dumps({"rows": [{**row, "compute_seconds": [0.005, 0.01, 0.001]}, {"contender": "alone"}]}))
+    assert main(["validate", "--records", str(file), "--json", str(record)]) == 0
+    assert "median |error| 10.0% of 1 cases" in capsys.readouterr().out
+    (found,) = json.loads(record.read_text())["rows"]
+    assert found["predicted_seconds"] == pytest.approx(0.036)
+
+
+def test_published_cases_are_simulated_with_their_inputs() -> None:
+    rows = published_rows()
+    assert {row["source"].split()[0] for row in rows} == {"Goyal", "Horovod", "PyTorch"}
+    assert all(0 < row["predicted_efficiency"] <= 1 and row["inputs"] and row["simulated"] for row in rows)
+    efficiency = {row["model"]: row["predicted_efficiency"] for row in rows if row["ranks"] == 512}
+    # What all agree about: of the three, the model with the most bytes per unit of computing scales worst.
+    assert min(efficiency, key=efficiency.__getitem__) == "VGG-16"
+
+
+def test_every_preset_has_a_source(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{name}: {preset.source}" in printed for name, preset in PRESETS.items())
+    assert all("nominal" in preset.source and "assumed" in preset.source for preset in PRESETS.values())
+
+
+def test_validation_and_published_figures_are_drawn(tmp_path: Path) -> None:
+    fit = ("mlp512-b16", "mlp512-b64")
+    measured = {"mlp512-b32": a_measurement("mlp512-b32", 2, 0.01)}
+    rows = predicted_rows(a_profile(), {}, measured, fit, 2, "here")
+    drawn = draw([*rows, *published_rows(CASES[:1]), {"kind": "unknown"}], tmp_path)
+    assert [path.name for path, _ in drawn] == ["scaling_validation.png", "scaling_published.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") and caption for path, caption in drawn)
+    assert draw([], tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ([], "MODE: a mode is missing; choose from measure, predict"),
+        (["guess"], "MODE: unknown mode 'guess'"),
+        (["predict"], "--profile"),
+        (["predict", "--profile", "missing.json"], "--profile missing.json: no record"),
+        (["predict", "--profile", "PROFILE", "--network", "token-ring"], "--network: 'token-ring' is neither"),
+        (["predict", "--profile", "PROFILE", "--network", "20,-1"], "--network: '20,-1' is neither"),
+        (["predict", "--profile", "PROFILE", "--nics-per-node", "2"], "--nics-per-node: there are no nodes"),
+        (["predict", "--profile", "PROFILE", "--stragglers", "normal:1"], "--stragglers: 'normal:1' is not"),
+        (["predict", "--profile", "PROFILE", "--stragglers", "exponential:2"], "--stragglers"),
+        (["predict", "--profile", "PROFILE", "--s-min", "10"], "--s-min, --b-crit: one needs the other"),
+        (["predict", "--profile", "PROFILE", *GIVEN], "--workloads: a target is that of one model"),
+        (["predict", "--profile", "PROFILE", "--workloads", "vgg"], "--workloads: unknown value 'vgg'"),
+        (["predict", "--profile", "PROFILE", "--ranks", "0"], "--ranks: '0' is not a whole number"),
+        (["predict", "--profile", "PROFILE", "--global-batch", "64"], "--global-batch: weak scaling has none"),
+        (["predict", "--profile", "PROFILE", "--bucket-mb", "-1"], "--bucket-mb: '-1' is not a number above 0"),
+        (["predict", "--profile", "PROFILE", "--strategies", "local", "--delay", "8"], "--delay 8: in local SGD less"),
+        (["predict", "--profile", "PROFILE", "--figures", "no/such/folder"], "--figures no/such/folder"),
+        (["advise", "--profile", "PROFILE"], "--study: advice needs a target"),
+        (["advise", "--profile", "PROFILE", "--min-efficiency", "2", *GIVEN], "--min-efficiency"),
+        (["measure", "--workloads", "mlp512"], "--workloads: unknown workload 'mlp512'; choose mlpW-bB"),
+        (["measure", "--sizes", "4K"], "--sizes: at least three"),
+        (["measure"], "start with mpirun -np 2 or more"),
+        (["validate", "--hold-out", "cnn-b16"], "--hold-out: cnn-b16 is in --fit too"),
+        (["validate", "--fit", "mlp512-b16", "--hold-out", "cnn-b16"], "--hold-out: cnn-b16 cannot be modelled"),
+        (["validate", "--to-gbit", "1"], "--from-gbit, --to-gbit: one needs the other"),
+        (["validate", "--from-gbit", "1", "--to-gbit", "2"], "--to-gbit: the other rate's --profile is missing"),
+        (["validate", "--records", "missing.json"], "--records missing.json: no record of step_time"),
+        (["presets", "--json", "no/such/folder/file"], "--json no/such/folder/file"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_status_2(
+    arguments: Sequence[str], named: str, profile_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(profile_file) if each == "PROFILE" else each for each in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("scaling: error: ")
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+
+
+def test_two_ranks_measure_and_validate(tmp_path: Path) -> None:
+    file = tmp_path / "record.json"
+    flags = "--fit mlp64-b8,mlp64-b32 --hold-out mlp64-b16 --steps 2 --rounds 1 --algorithms ring --sizes 4K,16K,64K"
+    finished = mpirun(2, ["-m", "benchmarks.scaling", "validate", *flags.split(), "--json", str(file)])
+    assert finished.status == 0, finished.errors
+    assert "median |error|" in finished.output
+    record: dict[str, Any] = json.loads(file.read_text())
+    validation = [row for row in record["rows"] if row["kind"] == "validation"]
+    assert {row["computing"] for row in validation} == {"modelled", "measured"}
+    assert all(row["measured_seconds"] > 0 and row["predicted_seconds"] > 0 for row in validation)
+    profile = Profile.from_rows(record["rows"])
+    assert [each.workload for each in profile.computes] == ["mlp64-b8", "mlp64-b32"]
+    for each in profile.computes:
+        assert 0 < min(each.arrival_seconds) <= max(each.arrival_seconds) <= each.backward_seconds
+        assert sum(asdict(each)["parameter_bytes"]) == 4 * (784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10)
+    # What was measured is what more ranks are predicted from.
+    assert run("predict", file, "--ranks", "2,256", "--network", "measured") == 0
