@@ -1,0 +1,154 @@
+"""What a record found, in a sentence or two, for the benchmarks whose rows have one question."""
+
+import importlib
+import itertools
+import statistics
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.message_sizes import format_size
+from benchmarks.report.sources import Record
+from benchmarks.report.words import count, listing, percent
+from benchmarks.table import format_number
+
+__all__ = ["summarise_record"]
+
+_PEERS = (("allreduce_sgd", "with this package"), ("torch_ddp_gloo", "with PyTorch's DDP over Gloo"))
+
+
+def summarise_record(record: Record) -> str:
+    """Return what the rows show; for other benchmarks, how many there are."""
+    sentence = _SUMMARIES[record.benchmark](record) if record.benchmark in _SUMMARIES else ""
+    return sentence or f"{count(len(record.rows), 'row').capitalize()}; see the section."
+
+
+def _steps(record: Record) -> str:
+    """Say what a step costs with communication over one without, ours beside torch's."""
+    sentences = []
+    for workload in dict.fromkeys(row["workload"] for row in record.rows):
+        ratios = {row["contender"]: format_number(row["ratio"]) for row in record.rows if row["workload"] == workload}
+        told = [f"{ratios[who]} times as long {what}" for who, what in _PEERS if who in ratios]
+        if told:
+            sentences.append(f"{listing(told)} ({workload})")
+    return f"Beside one that does not communicate, a training step takes {'; '.join(sentences)}." if sentences else ""
+
+
+def _strategies(record: Record) -> str:
+    """Say which case of each study was the most accurate at the end, and how many runs diverged."""
+    sentences = []
+    for study in dict.fromkeys(row["study"] for row in record.rows):
+        rows = [row for row in record.rows if row["study"] == study]
+        best = max(rows, key=_accuracy)
+        runs = [len(row["test_accuracies"]) for row in rows]
+        diverged = sum(row["diverged"] for row in rows)
+        of_each = count(runs[0], "run") if len(set(runs)) == 1 else f"{min(runs)} to {max(runs)} runs"
+        sentence = (
+            f"Study {study}: of {count(len(rows), 'case')} with {of_each} each, “{best['case']}” was the most "
+            f"accurate at the end, {percent(round(_accuracy(best), 4))}"
+        )
+        others = [row for row in rows if row is not best]
+        if others:
+            last = min(others, key=_accuracy)
+            sentence += f", and “{last['case']}” the least, {percent(round(_accuracy(last), 4))}"
+        sentences.append(f"{sentence}.{f' {diverged} of {sum(runs)} runs diverged.' if diverged else ''}")
+    return " ".join(sentences)
+
+
+def _simulation(record: Record) -> str:
+    """Say how far predictions of held-out sizes were off, without more ranks than cores."""
+    errors = [
+        abs(row["error"])
+        for row in record.rows
+        if row["kind"] == "measured" and not row["fitted"] and row["oversubscription"] is None
+    ]
+    if not errors:
+        return ""
+    return (
+        f"Predictions of times that were not fitted are off by {100 * statistics.median(errors):.0f} % in the median "
+        f"and by {100 * max(errors):.0f} % at most (n = {len(errors)}, at most as many ranks as cores). "
+        "Other times of many ranks are simulated, not measured."
+    )
+
+
+def _collectives(record: Record) -> str:
+    """Give the times of the largest all-reduce, of the fastest of ours and of each peer."""
+    rows = [row for row in record.rows if row["op"] == "all_reduce"]
+    if not rows:
+        return ""
+    largest = max(row["bytes"] for row in rows)
+    here = sorted((row for row in rows if row["bytes"] == largest), key=lambda row: row["median_seconds"])
+    soonest: dict[str, float] = {}
+    for row in here:
+        soonest.setdefault("this package" if row["ours"] else str(row["contender"]), 1e3 * row["median_seconds"])
+    told = [f"{format_number(time)} ms with {name}" for name, time in soonest.items()]
+    ranks, rounds = here[0]["ranks"], here[0]["rounds"]
+    return (
+        f"An all-reduce of {format_size(largest)} among {count(ranks, 'rank')} takes {listing(told)} "
+        f"(medians of {count(rounds, 'round')})."
+    )
+
+
+def _compression(record: Record) -> str:
+    """Say how many codecs stayed within a point of accuracy, and what the smallest of these sends."""
+    codecs = [row for row in record.rows if row["codec"] != "none"]
+    close = [row for row in codecs if row["close"]]
+    if not close:
+        return ""
+    best = max(close, key=lambda row: row["ratio"])
+    runs = len(best["test_accuracies"])
+    return (
+        f"{len(close)} of {count(len(codecs), 'codec')} ended at most 1 point of accuracy below training without one, "
+        f"in the median of {count(runs, 'run')}; of these, {best['codec']} sends least: its bytes are "
+        f"1/{format_number(best['ratio'])} of those sent without."
+    )
+
+
+def _scaling(record: Record) -> str:
+    """Say how far predicted step times were from measured ones, and how many points are simulated."""
+    sentences = []
+    validated = [row for row in record.rows if row["kind"] == "validation"]
+    places = ((False, "with at most as many ranks as cores"), (True, "with more ranks than cores"))
+    ways = (("modelled", "predicted from other models and batches"), ("measured", "given their computing alone"))
+    for (crowded, where), (computing, how) in itertools.product(places, ways):
+        errors = [
+            abs(row["error"])
+            for row in validated
+            if (row["oversubscription"] is not None) == crowded and row["computing"] == computing
+        ]
+        if errors:
+            sentences.append(
+                f"Step times {how} are off by {100 * statistics.median(errors):.1f} % in the median and by "
+                f"{100 * max(errors):.1f} % at most {where} ({count(len(errors), 'case')})."
+            )
+    ranks = [row["ranks"] for row in record.rows if row["kind"] == "prediction"]
+    if ranks:
+        sentences.append(f"{count(len(ranks), 'point')} of up to {max(ranks):,} ranks: simulated, not measured.")
+    return " ".join(sentences)
+
+
+def _course(record: Record) -> str:
+    titles = dict.fromkeys(str(row.get("title") or row["figure"]) for row in record.rows)
+    return f"Drawn: {'; '.join(titles)}."
+
+
+def _layer_costs(record: Record) -> str:
+    return str(importlib.import_module("benchmarks.layer_costs").summary(record.rows)).replace("\n", " ")
+
+
+def _accuracy(row: Mapping[str, Any]) -> float:
+    return statistics.median(row["test_accuracies"])
+
+
+_SUMMARIES: Mapping[str, Callable[[Record], str]] = MappingProxyType(
+    {
+        "step_time": _steps,
+        "strategies": _strategies,
+        "simulation": _simulation,
+        "collectives": _collectives,
+        "compression": _compression,
+        "scaling": _scaling,
+        "course": _course,
+        "layer_costs": _layer_costs,
+    }
+)
