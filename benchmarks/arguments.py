@@ -11,6 +11,13 @@ from allreduce_sgd.errors import ConfigError
 __all__ = ["Parser", "check_writable", "fraction", "names", "positive_int", "positive_ints", "positive_numbers"]
 
 
+class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help that ends in the flag's default, where it has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError and takes no abbreviated flags."""
 
@@ -19,7 +26,7 @@ class Parser(argparse.ArgumentParser):
             prog=f"python -m benchmarks.{program}",
             description=description,
             allow_abbrev=False,
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            formatter_class=_ShowDefaults,
         )
 
     def error(self, message: str) -> NoReturn:

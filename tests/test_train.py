@@ -1,6 +1,7 @@
 """The main job as users start it: results, equality with a plain loop, and independence of the number of ranks."""
 
 import json
+from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,12 @@ def train(ranks: int | None, folder: Path, *flags: str, environment: dict[str, s
     assert done.status == 0, f"{done.output}\n{done.errors}"
     assert done.errors == ""
     return summary_of(folder)
+
+
+def train_all(ranks: int, runs: Sequence[Sequence[str]]) -> None:
+    """Train with each of these flags, one after another in the same processes."""
+    done = mpirun(ranks, ["-m", "tests.several_trainings", json.dumps(runs)], timeout_seconds=400)
+    assert done.status == 0, f"{done.output}\n{done.errors}"
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -116,27 +123,36 @@ def test_the_number_of_ranks_does_not_change_the_training(tmp_path: Path) -> Non
     assert 0.49 < sharded["communication_bytes"] / summaries[3]["communication_bytes"] < 0.51
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--strategy", "local", "--period", "5"],
-        ["--backend", "gloo"],
-        ["--accumulate", "2", "--optimizer", "adamw", "--lr-schedule", "cosine", "--warmup-steps", "3"],
-        ["--precision", "bf16", "--clip-norm", "1"],
-        ["--model", "cnn", "--bucket-mb", "0.05", "--first-bucket-mb", "0.01"],
-        ["--model", "resnet20", "--batch-size", "8"],
-        ["--dataset", "tests.parts:course_samples", "--model", "linear", "--batch-size", "8", "--lr", "0.02"],
-        ["--optimizer", "lbfgs", "--lr", "0.2"],
-    ],
-    ids=lambda flags: " ".join(flags),
-)
-def test_three_ranks_agree_at_the_end(tmp_path: Path, flags: list[str]) -> None:
+AGREEING = [
+    ["--strategy", "local", "--period", "5"],
+    ["--backend", "gloo"],
+    ["--accumulate", "2", "--optimizer", "adamw", "--lr-schedule", "cosine", "--warmup-steps", "3"],
+    ["--precision", "bf16", "--clip-norm", "1"],
+    ["--model", "cnn", "--bucket-mb", "0.05", "--first-bucket-mb", "0.01"],
+    ["--model", "resnet20", "--batch-size", "8"],
+    ["--dataset", "tests.parts:course_samples", "--model", "linear", "--batch-size", "8", "--lr", "0.02"],
+    ["--optimizer", "lbfgs", "--lr", "0.2", "--steps", "4"],
+]
+
+
+@pytest.fixture(scope="module")
+def agreeing(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each of AGREEING, by its place there, on 3 ranks."""
+    folder = tmp_path_factory.mktemp("agreeing")
+    train_all(
+        3, [["--steps", "12", *flags, "--output", str(folder / str(place))] for place, flags in enumerate(AGREEING)]
+    )
+    return folder
+
+
+@pytest.mark.parametrize("place", range(len(AGREEING)), ids=[" ".join(flags) for flags in AGREEING])
+def test_three_ranks_agree_at_the_end(agreeing: Path, place: int) -> None:
     # The run itself compares the hash of the final parameters on all ranks, and fails where they differ.
-    summary = train(3, tmp_path / "run", "--steps", "12", *flags)
+    summary = summary_of(agreeing / str(place))
     assert len(summary["parameters_sha256"]) == 64
-    first = next(line["loss"] for line in lines_of(tmp_path / "run") if line["event"] == "train")
+    first = next(line["loss"] for line in lines_of(agreeing / str(place)) if line["event"] == "train")
     assert summary["test_loss"] < 2 * first
-    if "gloo" in flags:
+    if "gloo" in AGREEING[place]:
         assert summary["communication_bytes"] is None
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from allreduce_sgd.command_line import parse
 from tests.launching import mpirun
-from tests.test_train import TRAIN, lines_of, train
+from tests.test_train import TRAIN, lines_of, summary_of, train_all
 
 
 def failing(folder: Path, ranks: int, model: str, *flags: str) -> str:
@@ -36,21 +36,29 @@ def test_check_sync_names_the_parameter_and_the_ranks(tmp_path: Path) -> None:
     assert len(re.findall(told, errors, re.MULTILINE)) == 1
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--model", "resnet20", "--sync-batch-norm", "--buffers", "average", "--shard-optimizer"],
-        ["--model", "cnn", "--compression", "powersgd", "--compression-rank", "1", "--shard-optimizer"],
-        ["--strategy", "local", "--period", "2", "--compression", "int8", "--error-feedback", "--check-finite"],
-        ["--optimizer", "adam", "--shard-optimizer", "--algorithm", "ring", "--static-graph", "--clip-norm", "1"],
-        ["--model", "tests.parts:sparse_model", "--momentum", "0", "--backend", "gloo"],
-    ],
-    ids=lambda flags: " ".join(flags),
-)
-def test_three_ranks_stay_equal(tmp_path: Path, flags: list[str]) -> None:
-    summary = train(3, tmp_path / "run", "--steps", "8", "--check-sync", "1", *flags)
-    assert summary["sharded_optimizer"] == ("--shard-optimizer" in flags)
-    first = next(line["loss"] for line in lines_of(tmp_path / "run") if line["event"] == "train")
+EQUAL = [
+    ["--model", "resnet20", "--sync-batch-norm", "--buffers", "average", "--shard-optimizer"],
+    ["--model", "cnn", "--compression", "powersgd", "--compression-rank", "1", "--shard-optimizer"],
+    ["--strategy", "local", "--period", "2", "--compression", "int8", "--error-feedback", "--check-finite"],
+    ["--optimizer", "adam", "--shard-optimizer", "--algorithm", "ring", "--static-graph", "--clip-norm", "1"],
+    ["--model", "tests.parts:sparse_model", "--momentum", "0", "--backend", "gloo"],
+]
+
+
+@pytest.fixture(scope="module")
+def equal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run of each of EQUAL, by its place there, on 3 ranks."""
+    folder = tmp_path_factory.mktemp("equal")
+    shared = ["--steps", "8", "--check-sync", "1"]
+    train_all(3, [[*shared, *flags, "--output", str(folder / str(place))] for place, flags in enumerate(EQUAL)])
+    return folder
+
+
+@pytest.mark.parametrize("place", range(len(EQUAL)), ids=[" ".join(flags) for flags in EQUAL])
+def test_three_ranks_stay_equal(equal: Path, place: int) -> None:
+    summary = summary_of(equal / str(place))
+    assert summary["sharded_optimizer"] == ("--shard-optimizer" in EQUAL[place])
+    first = next(line["loss"] for line in lines_of(equal / str(place)) if line["event"] == "train")
     assert summary["test_loss"] < 2 * first
 
 

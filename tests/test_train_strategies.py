@@ -1,9 +1,7 @@
 """Every way to distribute SGD, through the trainer as users start it."""
 
-import json
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +9,7 @@ import pytest
 from allreduce_sgd.strategies.options import STRATEGIES
 from tests.launching import finish, mpirun, start
 from tests.test_resume import wait_for_step
-from tests.test_train import TRAIN, lines_of, summary_of, train
+from tests.test_train import TRAIN, lines_of, summary_of, train, train_all
 
 # What each method needs to learn the digits in a few epochs of small mini-batches.
 FLAGS = {
@@ -23,12 +21,6 @@ FLAGS = {
     "hogwild": ["--momentum", "0"],
 }
 CONSENSUS = {"easgd": "centre", "gossip": "average", "hogwild": "shared", "server-sync": "servers"}
-
-
-def train_all(ranks: int, runs: Sequence[Sequence[str]]) -> None:
-    """Train with each of these flags, one after another in the same processes."""
-    done = mpirun(ranks, ["-m", "tests.several_trainings", json.dumps(runs)], timeout_seconds=400)
-    assert done.status == 0, f"{done.output}\n{done.errors}"
 
 
 @pytest.fixture(scope="module")

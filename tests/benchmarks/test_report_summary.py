@@ -91,10 +91,14 @@ def test_sentences_of_records() -> None:
         "Study s: of 2 cases with 3 runs each, “sync” was the most accurate at the end, 80 %, and “local” the least, "
         "50 %. 1 of 6 runs diverged."
     )
-    errors = [{"kind": "validation", "oversubscription": None, "error": each} for each in (-0.3, 0.1, 0.05)]
+    validation = {"kind": "validation", "oversubscription": None, "computing": "modelled"}
+    errors: list[dict[str, Any]] = [{**validation, "error": each} for each in (-0.3, 0.1, 0.05)]
+    errors += [{**validation, "computing": "measured", "oversubscription": 1.2, "error": 0.02}]
     errors += [{"kind": "prediction", "ranks": 1024, "error": None}]
     assert summarise_record(Record({"benchmark": "scaling"}, tuple(errors))) == (
-        "Predicted step times are off by 10.0 % in the median and by 30.0 % at most with at most as many ranks as "
-        "cores (3 cases). 1 point of up to 1,024 ranks: simulated, not measured."
+        "Step times predicted from other models and batches are off by 10.0 % in the median and by 30.0 % at most with "
+        "at most as many ranks as cores (3 cases). Step times given their computing alone are off by 2.0 % in the "
+        "median and by 2.0 % at most with more ranks than cores (1 case). 1 point of up to 1,024 ranks: simulated, "
+        "not measured."
     )
     assert summarise_record(Record({"benchmark": "other"}, ({"a": 1},))) == "1 row; see the section."
