@@ -131,7 +131,7 @@ AGREEING = [
     ["--model", "cnn", "--bucket-mb", "0.05", "--first-bucket-mb", "0.01"],
     ["--model", "resnet20", "--batch-size", "8"],
     ["--dataset", "tests.parts:course_samples", "--model", "linear", "--batch-size", "8", "--lr", "0.02"],
-    ["--optimizer", "lbfgs", "--lr", "0.2", "--steps", "4"],
+    ["--optimizer", "lbfgs", "--lr", "0.2"],
 ]
 
 
