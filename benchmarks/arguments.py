@@ -1,6 +1,7 @@
 """Command lines of the benchmarks: every mistake is a ConfigError of one line that names the flag."""
 
 import argparse
+import importlib.util
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,18 @@ from typing import NoReturn
 
 from allreduce_sgd.errors import ConfigError
 
-__all__ = ["Parser", "check_writable", "fraction", "names", "positive_int", "positive_ints", "positive_numbers"]
+__all__ = [
+    "Parser",
+    "check_plotting",
+    "check_writable",
+    "fraction",
+    "latency_and_rate",
+    "names",
+    "positive_int",
+    "positive_ints",
+    "positive_number",
+    "positive_numbers",
+]
 
 
 class _ShowDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -44,16 +56,37 @@ def positive_ints(text: str) -> tuple[int, ...]:
     return tuple(sorted({positive_int(part.strip()) for part in text.split(",")}))
 
 
+def positive_number(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not (0 < number < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return number
+
+
 def positive_numbers(text: str) -> tuple[float, ...]:
     """Numbers separated by commas, in ascending order and without repetition."""
-    return tuple(sorted({_positive_number(part.strip()) for part in text.split(",")}))
+    return tuple(sorted({positive_number(part.strip()) for part in text.split(",")}))
 
 
 def fraction(text: str) -> float:
-    number = _positive_number(text)
+    number = positive_number(text)
     if number > 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a fraction between 0 and 1")
     return number
+
+
+def latency_and_rate(text: str) -> tuple[float, float]:
+    """What a network is: microseconds, and Gbit/s."""
+    try:
+        latency_us, gigabits = (float(part) for part in text.split(","))
+    except ValueError:
+        latency_us = gigabits = 0.0
+    if not (0 < latency_us < math.inf and 0 < gigabits < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a latency in µs and a rate in Gbit/s, such as 20,10")
+    return latency_us, gigabits
 
 
 def names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
@@ -71,11 +104,7 @@ def check_writable(flag: str, path: Path | None) -> None:
         raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
 
 
-def _positive_number(text: str) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not (0 < number < math.inf):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
+def check_plotting(flag: str, wanted: object) -> None:
+    """Raise ConfigError where a picture is wanted, so that `wanted` is not None, and nothing is there to draw it."""
+    if wanted is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError(f"{flag} needs matplotlib: pip install 'allreduce_sgd[report]'")

@@ -17,7 +17,6 @@ see what CPU time the others burn while they wait.
 
 import argparse
 import contextlib
-import importlib.util
 import io
 import os
 import statistics
@@ -34,7 +33,7 @@ from allreduce_sgd.comm.options import ALGORITHMS, CommunicationOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.topology import Topology, discover, launcher_rank
-from benchmarks.arguments import Parser, check_writable, names, positive_int
+from benchmarks.arguments import Parser, check_plotting, check_writable, names, positive_int
 from benchmarks.collective_data import DTYPES, OPERATIONS, CollectiveData, bus_factor
 from benchmarks.collective_report import report
 from benchmarks.collective_rows import Setting, make_rows
@@ -120,8 +119,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def _check_files(options: argparse.Namespace) -> None:
     check_writable("--json", options.json)
     check_writable("--plot", options.plot)
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'allreduce_sgd[report]'")
+    check_plotting("--plot", options.plot)
 
 
 def _complain(problem: ConfigError) -> None:

@@ -26,12 +26,11 @@ from torch import Tensor, nn
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.models.registry import build_model
-from benchmarks.arguments import Parser, check_writable, names, positive_int
-from benchmarks.layer_costs_plot import draw
+from benchmarks.arguments import Parser, check_plotting, check_writable, names, positive_int
 from benchmarks.record import write_record
 from benchmarks.table import format_number, format_table
 
-__all__ = ["costs_of", "draw", "main", "rows_of", "summary", "table"]
+__all__ = ["costs_of", "main", "rows_of", "summary", "table"]
 
 _CLASSES = 10
 _CHARACTERS = 65
@@ -57,6 +56,8 @@ def main(arguments: Sequence[str]) -> int:
     rows = [row for model in options.models for row in rows_of(model, options.batch_size)]
     print(f"{table(rows)}\n\n{summary(rows)}", flush=True)
     if options.plot is not None:
+        from benchmarks.layer_costs_plot import draw
+
         draw(rows, options.plot)
     if options.json is not None:
         write_record(options.json, "layer_costs", arguments, rows)
@@ -196,6 +197,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.models = names("--models", options.models, tuple(_SHAPES))
     check_writable("--json", options.json)
     check_writable("--plot", options.plot)
+    check_plotting("--plot", options.plot)
     if options.plot is not None and options.plot.suffix not in (".png", ".svg", ".pdf"):
         raise ConfigError(f"--plot {options.plot}: name a file that ends in .png, .svg or .pdf")
     return options

@@ -22,10 +22,6 @@ algorithm reads shared memory.
 """
 
 import argparse
-import contextlib
-import importlib.util
-import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,45 +32,36 @@ import torch
 from allreduce_sgd.comm.choice import named_choice
 from allreduce_sgd.comm.options import ALGORITHMS
 from allreduce_sgd.errors import ConfigError
-from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.schedules.cost import LinkCost
 from allreduce_sgd.schedules.simulate import LinkBySize, Network, Placement
-from allreduce_sgd.topology import Topology, discover, launcher_rank
-from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
+from allreduce_sgd.topology import Topology
+from benchmarks.arguments import (
+    Parser,
+    check_plotting,
+    check_writable,
+    latency_and_rate,
+    names,
+    positive_int,
+    positive_ints,
+)
 from benchmarks.cost_measurement import DTYPE, Timing, connected, measure_all_reduces, measure_gamma
 from benchmarks.message_sizes import message_sizes
+from benchmarks.on_all_ranks import on_all_ranks
 from benchmarks.prediction import compare, simulated_rows
 from benchmarks.record import write_record
 from benchmarks.simulation_tables import measured_tables, simulated_table
 
 __all__ = ["main"]
 
-_LARGEST_SIMULATION_SECONDS = 3600.0
-
 
 def main(arguments: Sequence[str]) -> int:
     """Measure, predict, simulate; return the exit status: 0, or 2 for bad arguments. All ranks must call alike."""
-    try:
-        # Every rank parses, but only one prints --help.
-        with contextlib.redirect_stdout(sys.stdout if launcher_rank(os.environ) == 0 else io.StringIO()):
-            options = _parse(arguments)
-        topology = discover(timeout_seconds=options.timeout_seconds)
-        if topology.size < 2:
-            raise ConfigError("there is nothing to measure with one rank; start with mpirun -np 2 or more")
-    except ConfigError as problem:
-        if launcher_rank(os.environ) == 0:
-            _complain(problem)
-        return 2
-    install_excepthooks(topology)
-    try:
-        topology.agree(lambda: _check_files(options) if topology.rank == 0 else None)
+
+    def run(topology: Topology, options: argparse.Namespace) -> None:
         timings, gamma_seconds_per_byte = _measure(topology, options)
-    except ConfigError as problem:
-        if problem.rank in (None, topology.rank):
-            _complain(problem)
-        return 2
-    if topology.rank == 0:
+        if topology.rank > 0:
+            return
         programs = {name: ALL_REDUCE[name].columns(_segment(name)) for name in options.algorithms}
         # Within one node, messages go through memory, by the hands of the ranks' own cores.
         duplex, cores = topology.nodes > 1, topology.cores * topology.nodes
@@ -90,9 +77,8 @@ def main(arguments: Sequence[str]) -> int:
             from benchmarks.simulation_plot import plot_simulation
 
             plot_simulation(rows, f"all-reduce, simulated ({_place(options)})", options.plot)
-    # MPI ends with a collective, in which the other ranks would spin while rank 0 computes: here they sleep.
-    topology.gather_all(None, _LARGEST_SIMULATION_SECONDS)
-    return 0
+
+    return on_all_ranks("simulation", lambda: _parse(arguments), _check_files, run)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -122,7 +108,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="network interfaces that a node's ranks share",
     )
     add("--placement", choices=get_args(Placement), default="contiguous", help="of ranks on nodes")
-    add("--between", type=_latency_and_rate, metavar="US,GBIT", help="latency in µs and Gbit/s between nodes: 20,10")
+    add("--between", type=latency_and_rate, metavar="US,GBIT", help="latency in µs and Gbit/s between nodes: 20,10")
     add("--timeout-seconds", type=positive_int, default=300, metavar="N", help="deadline of every wait")
     add("--json", type=Path, metavar="FILE", help="write the record here")
     add("--plot", type=Path, metavar="FILE.png", help="draw simulated time against ranks here")
@@ -140,25 +126,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-def _latency_and_rate(text: str) -> tuple[float, float]:
-    try:
-        latency_us, gigabits = (float(part) for part in text.split(","))
-    except ValueError:
-        latency_us = gigabits = 0.0
-    if not (latency_us > 0 and 0 < gigabits < float("inf")):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a latency in µs and a rate in Gbit/s, such as 20,10")
-    return latency_us, gigabits
-
-
 def _check_files(options: argparse.Namespace) -> None:
     check_writable("--json", options.json)
     check_writable("--plot", options.plot)
-    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot: the package matplotlib is not installed")
-
-
-def _complain(problem: ConfigError) -> None:
-    print(f"simulation: error: {problem}", file=sys.stderr, flush=True)
+    check_plotting("--plot", options.plot)
 
 
 def _segment(name: str) -> int | None:

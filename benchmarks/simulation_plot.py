@@ -7,19 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks.message_sizes import format_size
+from benchmarks.plot_styles import STYLES
 
 __all__ = ["plot_simulation"]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the styles serve greyscale.
-_STYLES = (
-    ("#000000", "-", "o"),
-    ("#e69f00", "--", "s"),
-    ("#56b4e9", "-.", "^"),
-    ("#009e73", "-", "D"),
-    ("#d55e00", "--", "v"),
-    ("#0072b2", "-.", "P"),
-    ("#cc79a7", ":", "X"),
-)
 _PANEL_INCHES = 4.6
 _DOTS_PER_INCH = 150
 
@@ -33,7 +24,7 @@ def plot_simulation(rows: Sequence[Mapping[str, Any]], title: str, file: Path) -
     panels = figure.subplots(1, len(sizes_bytes), sharey=True, squeeze=False)[0]
     for axes, n_bytes in zip(panels, sizes_bytes, strict=True):
         for index, name in enumerate(algorithms):
-            colour, line, marker = _STYLES[index % len(_STYLES)]
+            colour, line, marker = STYLES[index % len(STYLES)]
             points = [(row["ranks"], row["seconds"]) for row in simulated if _is(row, name, n_bytes)]
             axes.plot(*zip(*points, strict=True), color=colour, linestyle=line, marker=marker, markersize=5, label=name)
             measured = [

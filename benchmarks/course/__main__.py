@@ -18,8 +18,7 @@ from tqdm import tqdm
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.errors import ConfigError
-from benchmarks.arguments import Parser, check_writable, fraction, positive_int, positive_ints
-from benchmarks.course.figure import draw
+from benchmarks.arguments import Parser, check_plotting, check_writable, fraction, positive_int, positive_ints
 from benchmarks.course.figures import FIGURES
 from benchmarks.course.runs import Course
 from benchmarks.record import write_record
@@ -68,6 +67,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _draw_all(figures: Sequence[str], course: Course, folder: Path) -> list[dict[str, Any]]:
+    from benchmarks.course.figure import draw
+
     jobs = {name: list(dict.fromkeys(FIGURES[name].jobs(course))) for name in figures}
     rows = []
     with tqdm(
@@ -132,6 +133,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
             raise ConfigError(f"FIGURES: unknown value {name!r}; choose from {', '.join(FIGURES)}")
     options.figures = list(dict.fromkeys(options.figures or FIGURES))
     check_writable("--json", options.json)
+    check_plotting("FIGURES", options.figures)
     if max(options.ranks) > 1 and "epoch_time" in options.figures:
         find_mpirun()
     options.dataset = options.dataset or ("digits" if options.data_dir is None else "fashion-mnist")

@@ -17,18 +17,10 @@ from matplotlib.ticker import EngFormatter, FixedLocator, FuncFormatter, LogLoca
 from matplotlib.transforms import ScaledTranslation
 from numpy.typing import NDArray
 
+from benchmarks.plot_styles import STYLES, Style
+
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the styles serve greyscale.
-_STYLES = (
-    ("#000000", "-", "o"),
-    ("#d55e00", "--", "s"),
-    ("#0072b2", "-.", "^"),
-    ("#e69f00", (0, (5, 1, 1, 1, 1, 1)), "D"),
-    ("#009e73", (0, (1, 1)), "v"),
-    ("#cc79a7", (0, (8, 2)), "P"),
-    ("#56b4e9", (0, (3, 1, 1, 1)), "X"),
-)
 _SEPARATE_POINTS = 16
 """Up to so many points, each has a marker and a bar; more make a line with a band."""
 _MARKERS_SHOWN = 8
@@ -49,9 +41,9 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     infinite = _level_of_infinity(rows)
     with_formula = any(row["n"] is None for row in rows)
     for index, row in enumerate(rows):
-        _draw_row(axes, row, _STYLES[index % len(_STYLES)], infinite, with_formula)
+        _draw_row(axes, row, STYLES[index % len(STYLES)], infinite, with_formula)
         if len(row["x"]) <= _SEPARATE_POINTS:
-            _draw_infinite_points(axes, row, _STYLES[index % len(_STYLES)], infinite, index - (len(rows) - 1) / 2)
+            _draw_infinite_points(axes, row, STYLES[index % len(STYLES)], infinite, index - (len(rows) - 1) / 2)
     axes.set_xlabel(first["x_label"], fontsize=_POINTS)
     axes.set_ylabel(first["y_label"], fontsize=_POINTS)
     axes.tick_params(labelsize=_POINTS - 1)
@@ -65,7 +57,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 
-def _draw_row(axes: Axes, row: Mapping[str, Any], style: tuple[Any, ...], infinite: float, with_formula: bool) -> None:
+def _draw_row(axes: Axes, row: Mapping[str, Any], style: Style, infinite: float, with_formula: bool) -> None:
     colour, line, marker = style
     x, y = np.array(row["x"], dtype=np.float64), _values(row["y"], infinite)
     label = f"{row['series']}" if row["n"] is None else f"{row['series']} (n = {row['n']})"
@@ -94,9 +86,7 @@ def _draw_row(axes: Axes, row: Mapping[str, Any], style: tuple[Any, ...], infini
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
-def _draw_infinite_points(
-    axes: Axes, row: Mapping[str, Any], style: tuple[Any, ...], infinite: float, place: float
-) -> None:
+def _draw_infinite_points(axes: Axes, row: Mapping[str, Any], style: Style, infinite: float, place: float) -> None:
     """Draw markers without a line to them, those of several rows beside each other, at `place` markers to the right."""
     colour, _, marker = style
     aside = ScaledTranslation(place * _ASIDE_POINTS / 72, 0, axes.figure.dpi_scale_trans)

@@ -9,7 +9,8 @@ from matplotlib.artist import Artist
 from matplotlib.figure import Figure
 
 from benchmarks.hyperbola import Fit, fit_hyperbola, points_of
-from benchmarks.report.styles import STYLES, add_legend, log_axis, new_figure
+from benchmarks.plot_styles import STYLES
+from benchmarks.report.styles import add_legend, log_axis, new_figure
 from benchmarks.study.results import Study
 from benchmarks.table import format_number, format_range
 

@@ -12,8 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter
 from numpy.typing import NDArray
 
+from benchmarks.plot_styles import STYLES
 from benchmarks.report.measures import Measured
-from benchmarks.report.styles import STYLES, add_legend, linear_axis, log_axis, new_figure
+from benchmarks.report.styles import add_legend, linear_axis, log_axis, new_figure
 from benchmarks.study.results import Run
 
 __all__ = ["QUANTITIES", "Quantity", "draw_curves", "has"]

@@ -71,7 +71,7 @@ def _draw_course(name: str, rows: Rows, figures: Path) -> list[Picture]:
 
 
 def _draw_layer_costs(name: str, rows: Rows, figures: Path) -> list[Picture]:
-    importlib.import_module("benchmarks.layer_costs").draw(rows, figures / f"{name}-layers.png")
+    importlib.import_module("benchmarks.layer_costs_plot").draw(rows, figures / f"{name}-layers.png")
     models = listing(list(dict.fromkeys(str(row["model"]) for row in rows)))
     caption = f"Bytes to reduce against FLOPs, a point for each layer of {models}."
     seen = f"Bytes against FLOPs of the layers of {models}; convolutions do more FLOPs per byte than others."

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from benchmarks.plot_styles import STYLES
 from benchmarks.report.curves import Quantity
 from benchmarks.report.measures import Measured
-from benchmarks.report.styles import STYLES, add_legend, linear_axis, log_axis, mark, n_of, new_figure, row_axes
+from benchmarks.report.styles import add_legend, linear_axis, log_axis, mark, n_of, new_figure, row_axes
 from benchmarks.speedup import SpeedUp
 from benchmarks.table import format_number
 

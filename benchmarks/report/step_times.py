@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from benchmarks.report.styles import STYLES, add_legend, linear_axis, new_figure, row_axes
+from benchmarks.plot_styles import STYLES
+from benchmarks.report.styles import add_legend, linear_axis, new_figure, row_axes
 
 __all__ = ["contender_name", "draw_step", "parts_of"]
 

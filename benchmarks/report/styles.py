@@ -11,12 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.plot_styles import Style
 from benchmarks.report.measures import Measured
 
 __all__ = [
-    "STYLES",
     "WIDTH_INCHES",
-    "Style",
     "add_legend",
     "linear_axis",
     "log_axis",
@@ -28,19 +27,6 @@ __all__ = [
     "save",
 ]
 
-Style = tuple[str, str, str]
-
-# Okabe and Ito's colours, which colour-blind readers tell apart; lines and markers serve greyscale.
-STYLES: tuple[Style, ...] = (
-    ("#000000", "-", "o"),
-    ("#d55e00", "--", "s"),
-    ("#0072b2", "-.", "^"),
-    ("#009e73", "-", "D"),
-    ("#e69f00", "--", "v"),
-    ("#cc79a7", ":", "X"),
-    ("#56b4e9", "-.", "P"),
-    ("#7f7f7f", ":", "*"),
-)
 WIDTH_INCHES = 5.2
 _FONT_POINTS = 10.5
 _DOTS_PER_INCH = 200

@@ -19,8 +19,8 @@ from types import MappingProxyType
 
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_writable
+from benchmarks.on_all_ranks import complain
 from benchmarks.record import write_record
-from benchmarks.scaling.ranks import complain
 
 __all__ = ["MODES", "main"]
 
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
             raise ConfigError(f"MODE: {given}; choose from {', '.join(MODES)}")
         return MODES[arguments[0]](arguments[1:])
     except ConfigError as problem:
-        complain(problem)
+        complain("scaling", problem)
         return 2
 
 

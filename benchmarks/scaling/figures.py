@@ -12,20 +12,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator, PercentFormatter
 
+from benchmarks.plot_styles import STYLES
 from benchmarks.scaling.tables import TARGET
 
 __all__ = ["draw"]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; the styles serve greyscale.
-_STYLES = (
-    ("#000000", "-", "o"),
-    ("#e69f00", "--", "s"),
-    ("#56b4e9", "-.", "^"),
-    ("#009e73", "-", "D"),
-    ("#d55e00", "--", "v"),
-    ("#0072b2", "-.", "P"),
-    ("#cc79a7", ":", "X"),
-)
 _PARTS = (
     ("forward", "#0072b2", ""),
     ("backward", "#56b4e9", "//"),
@@ -137,7 +128,7 @@ def _validation(rows: Sequence[Row]) -> Figure:
         crowded = "" if row["oversubscription"] is None else ", more ranks than cores"
         groups.setdefault(f"{row['ranks']} ranks, computing {row['computing']}{crowded}", []).append(row)
     for index, (label, mine) in enumerate(groups.items()):
-        colour, _, marker = _STYLES[index % len(_STYLES)]
+        colour, _, marker = STYLES[index % len(STYLES)]
         measured = [1e3 * row["measured_seconds"] for row in mine]
         spread = [
             [1e3 * (row["measured_seconds"] - row["minimum_seconds"]) for row in mine],
@@ -204,7 +195,7 @@ def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 
 def _style(index: int) -> dict[str, Any]:
-    colour, line, marker = _STYLES[index % len(_STYLES)]
+    colour, line, marker = STYLES[index % len(STYLES)]
     return {"color": colour, "linestyle": line, "marker": marker, "markersize": 5, "linewidth": 1.5}
 
 

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from allreduce_sgd.errors import ConfigError
+from benchmarks.arguments import check_plotting
 
 __all__ = ["check_folder", "draw_figures"]
 
 
 def check_folder(flag: str, folder: Path | None) -> None:
-    """Raise ConfigError where the folder neither exists nor can be made."""
+    """Raise ConfigError where the folder neither exists nor can be made, or nothing is there to draw with."""
+    check_plotting(flag, folder)
     if folder is not None and not (folder.is_dir() or (folder.parent.is_dir() and not folder.exists())):
         raise ConfigError(f"{flag} {folder}: name a folder, or one to make in a folder that exists")
 

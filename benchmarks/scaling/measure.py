@@ -15,12 +15,12 @@ from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.topology import Topology
 from benchmarks.arguments import Parser, check_writable, names, positive_int
 from benchmarks.message_sizes import message_sizes
+from benchmarks.on_all_ranks import on_all_ranks
 from benchmarks.record import write_record
 from benchmarks.scaling.codecs import CODEC_NAMES
 from benchmarks.scaling.compute import workload
 from benchmarks.scaling.measurement import ComputeProbe, NetworkPrices, codec_seconds_per_byte, measure_network
 from benchmarks.scaling.profile import Compute, Profile
-from benchmarks.scaling.ranks import on_all_ranks
 from benchmarks.scaling.stragglers import fit_stragglers
 from benchmarks.scaling.tables import profile_table
 from benchmarks.step_hooks import hook_seconds_per_parameter
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
             if options.json is not None:
                 write_record(options.json, "scaling", ["measure", *arguments], profile.rows())
 
-    return on_all_ranks(lambda: _parse(arguments), check, run)
+    return on_all_ranks("scaling", lambda: _parse(arguments), check, run)
 
 
 def add_measuring_flags(parser: Parser) -> None:

@@ -1,7 +1,6 @@
 """The flags of `predict` and `advise` that say what connects the ranks, and what comes of them."""
 
 import argparse
-import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -9,7 +8,7 @@ from typing import get_args
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.schedules.cost import LinkCost
 from allreduce_sgd.schedules.simulate import LinkBySize, Network, Placement
-from benchmarks.arguments import Parser, positive_int
+from benchmarks.arguments import Parser, latency_and_rate, positive_int, positive_number
 from benchmarks.scaling.accuracy import Accuracy, from_study
 from benchmarks.scaling.presets import PRESETS
 from benchmarks.scaling.profile import Profile
@@ -22,7 +21,6 @@ __all__ = [
     "add_network_flags",
     "add_target_flags",
     "connect_ranks",
-    "positive_number",
     "stragglers_of",
 ]
 
@@ -85,7 +83,7 @@ def connect_ranks(options: argparse.Namespace, profile: Profile) -> Connection:
         return Connection(Reductions(network, options.algorithm, profile.call_seconds, shared), text)
     preset = PRESETS.get(options.network)
     if preset is None:
-        latency_us, gigabits = _latency_and_rate(options.network)
+        latency_us, gigabits = _prices_of(options.network)
         per_node, nics = options.ranks_per_node or 1, options.nics_per_node or 1
         between, inside = _priced(measured, latency_us, gigabits), measured
         text = f"{latency_us:g} µs, {gigabits:g} Gbit/s"
@@ -126,26 +124,12 @@ def accuracy_of(options: argparse.Namespace) -> Accuracy | None:
     return Accuracy(*given, f"given: S_min {options.s_min:g}, B_crit {options.b_crit:g}")
 
 
-def positive_number(text: str) -> float:
-    """A number above 0 of a command line."""
+def _prices_of(text: str) -> tuple[float, float]:
     try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return number
-
-
-def _latency_and_rate(text: str) -> tuple[float, float]:
-    try:
-        latency_us, gigabits = (float(part) for part in text.split(","))
-    except ValueError:
-        latency_us = gigabits = 0.0
-    if not (0 < latency_us < math.inf and 0 < gigabits < math.inf):
+        return latency_and_rate(text)
+    except argparse.ArgumentTypeError as problem:
         known = ", ".join((_MEASURED, *PRESETS))
-        raise ConfigError(f"--network: {text!r} is neither US,GBIT, such as 20,10, nor one of {known}")
-    return latency_us, gigabits
+        raise ConfigError(f"--network: {text!r} is neither US,GBIT, such as 20,10, nor one of {known}") from problem
 
 
 def _priced(measured: LinkBySize, latency_us: float, gigabits: float) -> LinkBySize:

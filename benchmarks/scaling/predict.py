@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from allreduce_sgd.errors import ConfigError
-from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
+from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints, positive_number
 from benchmarks.record import write_record
 from benchmarks.scaling.codecs import CODEC_NAMES, codec_of
 from benchmarks.scaling.folder import check_folder, draw_figures
@@ -18,7 +18,6 @@ from benchmarks.scaling.network_flags import (
     add_network_flags,
     add_target_flags,
     connect_ranks,
-    positive_number,
     stragglers_of,
 )
 from benchmarks.scaling.prediction_rows import Predictor, Scaling

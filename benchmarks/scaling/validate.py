@@ -30,16 +30,15 @@ from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.schedules.simulate import LinkBySize, Network
 from allreduce_sgd.topology import Topology
-from benchmarks.arguments import Parser, check_writable
+from benchmarks.arguments import Parser, check_writable, positive_number
+from benchmarks.on_all_ranks import on_all_ranks
 from benchmarks.overlap import Parts, overlap_bound
 from benchmarks.record import write_record
 from benchmarks.scaling.compute import can_model, compute_like, workload
 from benchmarks.scaling.folder import check_folder, draw_figures
 from benchmarks.scaling.measure import add_measuring_flags, check_measuring, profile_of, workload_names
 from benchmarks.scaling.measurement import ComputeProbe, measure_network
-from benchmarks.scaling.network_flags import positive_number
 from benchmarks.scaling.profile import Compute, Profile, read_profile
-from benchmarks.scaling.ranks import on_all_ranks
 from benchmarks.scaling.reductions import Reductions
 from benchmarks.scaling.step_probe import Measured, StepProbe
 from benchmarks.scaling.stepping import Plan, step_time
@@ -71,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
 
         topology.agree(lambda: conclude() if topology.rank == 0 else None)
 
-    return on_all_ranks(lambda: _parse(arguments), _check, run)
+    return on_all_ranks("scaling", lambda: _parse(arguments), _check, run)
 
 
 def predicted_rows(

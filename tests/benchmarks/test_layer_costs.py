@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from allreduce_sgd.models.cnn import cnn
 from allreduce_sgd.models.mlp import mlp
 from allreduce_sgd.models.resnet import resnet18, resnet20
-from benchmarks.layer_costs import costs_of, draw, main, rows_of, summary, table
+from benchmarks.layer_costs import costs_of, main, rows_of, summary, table
+from benchmarks.layer_costs_plot import draw
 
 IMAGE = (3, 32, 32)
 

@@ -1,4 +1,4 @@
-"""Runs a mode that needs several ranks: the same arguments everywhere, one rank that complains, one status."""
+"""Runs a benchmark that needs several ranks: same arguments everywhere, one rank that complains, one exit status."""
 
 import argparse
 import contextlib
@@ -13,14 +13,16 @@ from allreduce_sgd.topology import Topology, discover, launcher_rank
 
 __all__ = ["complain", "on_all_ranks"]
 
-_LONGEST_WAIT_SECONDS = 600.0
+# A simulation of thousands of ranks may take that long.
+_LONGEST_WAIT_SECONDS = 3600.0
 
 
-def complain(problem: ConfigError) -> None:
-    print(f"scaling: error: {problem}", file=sys.stderr, flush=True)
+def complain(program: str, problem: ConfigError) -> None:
+    print(f"{program}: error: {problem}", file=sys.stderr, flush=True)
 
 
 def on_all_ranks(
+    program: str,
     parse: Callable[[], argparse.Namespace],
     check: Callable[[argparse.Namespace], None],
     run: Callable[[Topology, argparse.Namespace], None],
@@ -35,7 +37,7 @@ def on_all_ranks(
             raise ConfigError("there is nothing to measure with one rank; start with mpirun -np 2 or more")
     except ConfigError as problem:
         if launcher_rank(os.environ) == 0:
-            complain(problem)
+            complain(program, problem)
         return 2
     install_excepthooks(topology)
     try:
@@ -43,7 +45,7 @@ def on_all_ranks(
         run(topology, options)
     except ConfigError as problem:
         if problem.rank in (None, topology.rank):
-            complain(problem)
+            complain(program, problem)
         return 2
     # MPI ends with a collective, in which the other ranks would spin while rank 0 computes: here they sleep.
     topology.gather_all(None, _LONGEST_WAIT_SECONDS)
