@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,16 +17,20 @@ from benchmarks.arguments import Parser, check_writable, names, positive_int
 from benchmarks.message_sizes import message_sizes
 from benchmarks.on_all_ranks import on_all_ranks
 from benchmarks.record import write_record
+from benchmarks.scaling.calibrate import calibrated
 from benchmarks.scaling.codecs import CODEC_NAMES
 from benchmarks.scaling.compute import workload
+from benchmarks.scaling.handling import Handling
 from benchmarks.scaling.measurement import ComputeProbe, NetworkPrices, codec_seconds_per_byte, measure_network
 from benchmarks.scaling.profile import Compute, Profile
+from benchmarks.scaling.step_probe import Measured, StepProbe
 from benchmarks.scaling.stragglers import fit_stragglers
 from benchmarks.scaling.tables import profile_table
 from benchmarks.step_hooks import hook_seconds_per_parameter
 
 __all__ = ["add_measuring_flags", "check_measuring", "main", "profile_of", "workload_names"]
 
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _CODECS = tuple(name for name in CODEC_NAMES if name != "none")
 
 
@@ -80,22 +84,34 @@ def profile_of(
     factors: Sequence[float],
     prices: NetworkPrices,
     hook_seconds: float,
+    steps: Mapping[str, Measured],
     codecs: Sequence[tuple[str, float]] = (),
 ) -> Profile:
-    """Put a profile together."""
-    return Profile(
+    """Put a profile together; `steps` are measured steps of its workloads. All ranks must call."""
+    profile = Profile(
         computes=tuple(computes),
         link=prices.link,
         call_seconds=prices.call_seconds,
         duplex=prices.duplex,
         ranks=topology.size,
         hosts=topology.nodes,
-        cores=topology.cores * topology.nodes,
+        cores=cores_in_all(topology),
         shared_seconds=prices.shared_seconds,
         stragglers=fit_stragglers(factors),
-        hook_seconds=max(0.0, hook_seconds),
+        handling=Handling(max(0.0, hook_seconds)),
         codec_seconds_per_byte=tuple(codecs),
     )
+    return calibrated(profile, steps)
+
+
+def cores_in_all(topology: Topology) -> int:
+    """Return the cores of all machines, each counted once: virtual hosts share theirs. All ranks must call."""
+    try:
+        machine = _BOOT_ID.read_text(encoding="ascii")
+    except OSError:
+        # Not Linux: the nodes are taken for machines of their own.
+        machine = topology.host
+    return sum(dict(topology.gather_all((machine, topology.cores))).values())
 
 
 def _measure(topology: Topology, options: argparse.Namespace) -> Profile:
@@ -103,17 +119,20 @@ def _measure(topology: Topology, options: argparse.Namespace) -> Profile:
     communication = CommunicationOptions("mpi", timeout_seconds=options.timeout_seconds)
     comm = connect(topology, torch.device("cpu"), communication)
     probes = [ComputeProbe(name, topology, comm) for name in options.workloads]
-    turns = [probe for _ in range(options.rounds) for probe in probes]
+    steps = [StepProbe(name, topology, comm) for name in options.workloads]
+    pairs = list(zip(probes, steps, strict=True))
+    turns = [each for _ in range(options.rounds) for pair in pairs for each in pair]
     silent = topology.rank > 0 or not sys.stderr.isatty()
-    for probe in tqdm(turns, desc="computing", unit="turn", leave=False, disable=silent):
+    for probe in tqdm(turns, desc="stepping", unit="turn", leave=False, disable=silent):
         probe.turn(options.steps)
     results = [probe.result() for probe in probes]
+    stepped = dict(zip(options.workloads, [step.result() for step in steps], strict=True))
     hook_seconds = hook_seconds_per_parameter(comm)
     comm.close()
     prices = measure_network(topology, options.algorithms, options.sizes, 3 * options.rounds, options.timeout_seconds)
     codecs = [(name, codec_seconds_per_byte(name)) for name in options.codecs]
     factors = [factor for _, each in results for factor in each]
-    return profile_of(topology, [compute for compute, _ in results], factors, prices, hook_seconds, codecs)
+    return profile_of(topology, [compute for compute, _ in results], factors, prices, hook_seconds, stepped, codecs)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

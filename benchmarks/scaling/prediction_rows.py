@@ -66,8 +66,8 @@ class Predictor:
     def row(self, ranks: int, batch_per_rank: float, plan: Plan, reference_batch: float) -> dict[str, Any]:
         """Return one prediction; samples per second of one rank with `reference_batch` are what ranks scale from."""
         compute = compute_at(self.profile.computes, self.model, batch_per_rank)
-        hooks = self.profile.hook_seconds
-        step = step_time(compute, ranks, self.reductions, plan, self.stragglers, hooks)
+        handling = self.profile.handling
+        step = step_time(compute, ranks, self.reductions, plan, self.stragglers, handling)
         rate = ranks * batch_per_rank / step.seconds
         alone = reference_batch / compute_at(self.profile.computes, self.model, reference_batch).seconds
         row: dict[str, Any] = {

@@ -13,6 +13,7 @@ from typing import Any
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.schedules.cost import LinkCost
 from allreduce_sgd.schedules.simulate import LinkBySize
+from benchmarks.scaling.handling import NO_HANDLING, Handling
 from benchmarks.scaling.stragglers import NO_STRAGGLERS, Stragglers
 
 __all__ = ["Compute", "Profile", "read_profile"]
@@ -67,7 +68,7 @@ class Profile:
     cores: int = 1
     shared_seconds: tuple[tuple[int, float], ...] = ()
     stragglers: Stragglers = NO_STRAGGLERS
-    hook_seconds: float = 0.0
+    handling: Handling = NO_HANDLING
     codec_seconds_per_byte: tuple[tuple[str, float], ...] = ()
 
     def rows(self) -> list[dict[str, Any]]:
@@ -82,7 +83,7 @@ class Profile:
             {"kind": "profile", "part": "link", "call_seconds": self.call_seconds, "costs": costs},
             {"kind": "profile", "part": "shared_memory", "seconds": [list(each) for each in self.shared_seconds]},
             {"kind": "profile", "part": "stragglers", "distribution": self.stragglers.kind, **_spread(self.stragglers)},
-            {"kind": "profile", "part": "hooks", "seconds_per_parameter": self.hook_seconds},
+            {"kind": "profile", "part": "handling", **asdict(self.handling)},
             {"kind": "profile", "part": "codecs", "seconds_per_byte": dict(self.codec_seconds_per_byte)},
             *({"kind": "profile", "part": "compute", **asdict(each)} for each in self.computes),
         ]
@@ -105,7 +106,7 @@ class Profile:
             **{name: machine[name] for name in ("ranks", "hosts", "cores", "duplex")},
             shared_seconds=tuple((int(n_bytes), float(each)) for n_bytes, each in parts["shared_memory"]["seconds"]),
             stragglers=Stragglers(parts["stragglers"]["distribution"], float(parts["stragglers"]["spread"])),
-            hook_seconds=float(parts["hooks"]["seconds_per_parameter"]),
+            handling=Handling(*(float(parts["handling"][name]) for name in Handling.__dataclass_fields__)),
             codec_seconds_per_byte=tuple(parts["codecs"]["seconds_per_byte"].items()),
         )
 

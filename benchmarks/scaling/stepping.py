@@ -22,6 +22,7 @@ import torch
 
 from allreduce_sgd.gradients.buckets import assign
 from benchmarks.overlap import Parts, overlap_bound
+from benchmarks.scaling.handling import NO_HANDLING, Handling
 from benchmarks.scaling.profile import Compute
 from benchmarks.scaling.reductions import Reduction, Reductions
 from benchmarks.scaling.stragglers import NO_STRAGGLERS, Stragglers
@@ -107,7 +108,7 @@ def step_time(
     reductions: Reductions,
     plan: Plan,
     stragglers: Stragglers = NO_STRAGGLERS,
-    hook_seconds: float = 0.0,
+    handling: Handling = NO_HANDLING,
 ) -> StepTime:
     """Return the mean time of a step of `ranks` ranks, each of which computes `compute`."""
     if ranks == 1:
@@ -121,7 +122,7 @@ def step_time(
     seconds = [each.seconds for each in found]
     if plan.strategy == "sync":
         stretched = compute.seconds * stragglers.slowest(ranks)
-        step = _synchronous(compute, buckets, seconds, coding, stretched / compute.seconds, hook_seconds)
+        step = _synchronous(compute, buckets, seconds, coding, stretched / compute.seconds, handling)
         return _result(compute, stretched, step, found, 1.0, len(buckets))
     reduced, extra = sum(seconds), 2 * sum(coding)
     if plan.strategy == "local":
@@ -129,7 +130,9 @@ def step_time(
         shown = _beyond(plan.delay * stretched, reduced, compute.contention) + extra
         return _result(compute, stretched, stretched + shown / plan.period, found, 1 / plan.period, len(buckets))
     stretched = compute.seconds * stragglers.slowest(ranks, plan.delay + 1)
-    busy = stretched + extra + hook_seconds * len(compute.parameter_bytes)
+    busy = stretched + extra + handling.hook_seconds * len(compute.parameter_bytes)
+    busy += handling.seconds_per_byte * compute.total_bytes
+    reduced += handling.bucket_seconds * len(buckets)
     step = busy + _beyond(busy, reduced, compute.contention)
     return _result(compute, stretched, step, found, 1.0, len(buckets))
 
@@ -140,21 +143,27 @@ def _synchronous(
     reductions: Sequence[float],
     coding: Sequence[float],
     stretch: float,
-    hook_seconds: float,
+    handling: Handling,
 ) -> float:
-    """Return the step of the overlap recursion; hooks and encoding delay what comes after them."""
-    arrived = itertools.accumulate(len(bucket) for bucket in buckets)
+    """Return the step of the overlap recursion; hooks, copying and encoding delay what comes after them."""
+    handed = list(itertools.accumulate(_handing(compute, bucket, handling) for bucket in buckets))
     encoded = list(itertools.accumulate(coding))
     ready = [
-        stretch * max(compute.arrival_seconds[index] for index in bucket) + count * hook_seconds + delay
-        for bucket, count, delay in zip(buckets, arrived, encoded, strict=True)
+        stretch * max(compute.arrival_seconds[index] for index in bucket) + before + delay
+        for bucket, before, delay in zip(buckets, handed, encoded, strict=True)
     ]
     # Buckets are sent in order.
     ready = list(itertools.accumulate(ready, max))
-    hooks = hook_seconds * len(compute.parameter_bytes)
-    backward = max(ready[-1], stretch * compute.backward_seconds + hooks + encoded[-1])
+    backward = max(ready[-1], stretch * compute.backward_seconds + handed[-1] + encoded[-1])
     forward, optimizer = stretch * compute.forward_seconds, stretch * compute.optimizer_seconds
-    return overlap_bound(Parts(forward, ready, backward, optimizer + encoded[-1], list(reductions), compute.contention))
+    reduced = [each + handling.bucket_seconds for each in reductions]
+    return overlap_bound(Parts(forward, ready, backward, optimizer + encoded[-1], reduced, compute.contention))
+
+
+def _handing(compute: Compute, bucket: Sequence[int], handling: Handling) -> float:
+    """Return what the computing core spends to bring the gradients of a bucket into it."""
+    n_bytes = sum(compute.parameter_bytes[index] for index in bucket)
+    return len(bucket) * handling.hook_seconds + n_bytes * handling.seconds_per_byte
 
 
 def _beyond(computing: float, reducing: float, contention: float) -> float:

@@ -35,6 +35,7 @@ def profile_table(profile: Profile) -> str:
         ]
         for limit, cost in zip([*profile.link.limits_bytes, None], profile.link.costs, strict=True)
     ]
+    handling = profile.handling
     codecs = ", ".join(f"{name} {1e9 * seconds:.2f} ns/B" for name, seconds in profile.codec_seconds_per_byte)
     return "\n\n".join(
         [
@@ -42,8 +43,10 @@ def profile_table(profile: Profile) -> str:
             f"{profile.cores} cores, one thread a rank; milliseconds",
             format_table(["workload", "MB", "forward", "backward", "optimizer", "contention"], lines),
             format_table(["messages", "α µs", "β ns/B", "γ ns/B"], links),
-            f"a call {1e6 * profile.call_seconds:.1f} µs; hooks {1e6 * profile.hook_seconds:.2f} µs a parameter; "
-            f"stragglers {profile.stragglers.describe()}" + (f"; codecs: {codecs}" if codecs else ""),
+            f"a call {1e6 * profile.call_seconds:.1f} µs; stragglers {profile.stragglers.describe()}; "
+            f"handing over {1e6 * handling.hook_seconds:.2f} µs a parameter, "
+            f"{1e9 * handling.seconds_per_byte:.2f} ns a byte, {1e6 * handling.bucket_seconds:.0f} µs a bucket"
+            + (f"; codecs: {codecs}" if codecs else ""),
         ]
     )
 

@@ -28,20 +28,19 @@ from tqdm import tqdm
 from allreduce_sgd.comm.factory import connect
 from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.errors import ConfigError
-from allreduce_sgd.schedules.simulate import LinkBySize, Network
+from allreduce_sgd.schedules.simulate import LinkBySize
 from allreduce_sgd.topology import Topology
 from benchmarks.arguments import Parser, check_writable, positive_number
 from benchmarks.on_all_ranks import on_all_ranks
 from benchmarks.overlap import Parts, overlap_bound
 from benchmarks.record import write_record
+from benchmarks.scaling.calibrate import predicted_step
 from benchmarks.scaling.compute import can_model, compute_like, workload
 from benchmarks.scaling.folder import check_folder, draw_figures
-from benchmarks.scaling.measure import add_measuring_flags, check_measuring, profile_of, workload_names
+from benchmarks.scaling.measure import add_measuring_flags, check_measuring, cores_in_all, profile_of, workload_names
 from benchmarks.scaling.measurement import ComputeProbe, measure_network
 from benchmarks.scaling.profile import Compute, Profile, read_profile
-from benchmarks.scaling.reductions import Reductions
 from benchmarks.scaling.step_probe import Measured, StepProbe
-from benchmarks.scaling.stepping import Plan, step_time
 from benchmarks.scaling.tables import profile_table, validation_tables
 from benchmarks.step_hooks import hook_seconds_per_parameter
 
@@ -95,7 +94,7 @@ def predicted_rows(
         if not learnt:
             raise ConfigError("--fit: more ranks than cores need workloads of the profile to measure their factor with")
         factor = statistics.median(
-            measured[name].median_seconds / _predict(profile, known[name], ranks, hosts) for name in learnt
+            measured[name].median_seconds / predicted_step(profile, known[name], ranks, hosts) for name in learnt
         )
     basis = [each for each in profile.computes if each.workload in fit]
     rows = []
@@ -107,7 +106,7 @@ def predicted_rows(
         if can_model(name, [each.workload for each in basis]):
             computes["modelled"] = compute_like(basis, name, sizes)
         for computing, compute in computes.items():
-            predicted = _predict(profile, compute, ranks, hosts) * (1.0 if factor is None else factor)
+            predicted = predicted_step(profile, compute, ranks, hosts) * (1.0 if factor is None else factor)
             rows.append(_row(result, hosts, network, computing, factor, predicted))
     return rows
 
@@ -155,29 +154,18 @@ def at_rate(link: LinkBySize, from_gbit: float, to_gbit: float) -> LinkBySize:
     return LinkBySize(link.limits_bytes, costs)
 
 
-def _predict(profile: Profile, compute: Compute, ranks: int, hosts: int) -> float:
-    shared = {}
-    if hosts == 1 and profile.hosts == 1 and profile.shared_seconds:
-        # Each rank moves 2(P-1)/P of the bytes.
-        scale = (1 - 1 / ranks) / (1 - 1 / profile.ranks)
-        shared = {ranks: tuple((n_bytes, scale * seconds) for n_bytes, seconds in profile.shared_seconds)}
-    network = Network(profile.link, duplex=profile.duplex)
-    reductions = Reductions(network, "auto", profile.call_seconds, shared)
-    return step_time(compute, ranks, reductions, Plan(), profile.stragglers, profile.hook_seconds).seconds
-
-
 def _measure(
     topology: Topology, options: argparse.Namespace
 ) -> tuple[Profile, dict[str, Measured], dict[str, Compute]]:
     torch.set_num_threads(1)
     profile: Profile | None = options.given
-    crowded = topology.size > topology.cores * topology.nodes
+    crowded = topology.size > cores_in_all(topology)
     if crowded and profile is None:
         raise ConfigError("--profile: more ranks than cores are predicted from a profile of fewer ranks")
     communication = CommunicationOptions("mpi", timeout_seconds=options.timeout_seconds)
     comm = connect(topology, torch.device("cpu"), communication)
     computed = (*options.fit, *options.hold_out) if profile is None else ()
-    stepped = (*options.fit, *options.hold_out) if crowded else options.hold_out
+    stepped = (*options.fit, *options.hold_out) if crowded or profile is None else options.hold_out
     probes = {name: ComputeProbe(name, topology, comm) for name in computed}
     steps = {name: StepProbe(name, topology, comm) for name in stepped}
     turns = [each for _ in range(options.rounds) for each in (*probes.values(), *steps.values())]
@@ -194,7 +182,7 @@ def _measure(
         prices = measure_network(topology, options.algorithms, options.sizes, rounds, options.timeout_seconds)
         factors = [factor for name in options.fit for factor in own[name][1]]
         fitted = [own[name][0] for name in options.fit]
-        profile = profile_of(topology, fitted, factors, prices, hook_seconds)
+        profile = profile_of(topology, fitted, factors, prices, hook_seconds, measured)
     known = {each.workload: each for each in profile.computes} | {name: own[name][0] for name in own}
     return profile, measured, {name: known[name] for name in options.hold_out if name in known}
 

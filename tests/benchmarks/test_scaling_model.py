@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from benchmarks.overlap import Parts, overlap_bound
 from benchmarks.scaling import reductions as reductions_module
 from benchmarks.scaling.accuracy import Accuracy
 from benchmarks.scaling.compute import compute_at, compute_like, workload
+from benchmarks.scaling.handling import Handling, fit_handling
 from benchmarks.scaling.prediction_rows import Predictor
 from benchmarks.scaling.profile import Compute, Profile, read_profile
 from benchmarks.scaling.reductions import Reductions
@@ -102,8 +103,33 @@ def test_a_codec_sends_less_and_costs_computing() -> None:
 
 def test_hooks_delay_the_backward_pass() -> None:
     free = Reductions(Network(FREE))
-    step = step_time(a_compute(), 2, free, Plan(), hook_seconds=1e-3)
+    step = step_time(a_compute(), 2, free, Plan(), handling=Handling(1e-3))
     assert step.seconds == pytest.approx(0.034 + 4e-3)
+
+
+def test_copying_delays_the_backward_pass_and_handing_over_the_reductions() -> None:
+    free, compute = Reductions(Network(FREE)), a_compute()
+    copied = step_time(compute, 2, free, Plan(), handling=Handling(seconds_per_byte=1e-9))
+    assert copied.seconds == pytest.approx(0.034 + 1e-9 * compute.total_bytes)
+    handed = step_time(compute, 2, free, Plan(), handling=Handling(bucket_seconds=0.05))
+    # Each longer than the backward pass: they follow one another from the first bucket on.
+    assert handed.buckets > 1
+    assert handed.seconds > 0.05 * handed.buckets
+
+
+@pytest.mark.parametrize("true", [Handling(1e-5), Handling(1e-5, 3e-10), Handling(1e-5, 3e-10, 4e-4)])
+def test_the_prices_of_handing_over_are_found_from_steps(true: Handling) -> None:
+    computes = [a_compute(), replace(a_compute(), forward_seconds=0.001, backward_seconds=0.002)]
+    computes += [replace(each, parameter_bytes=tuple(4 * size for size in each.parameter_bytes)) for each in computes]
+    link = Reductions(Network(LinkCost(1e-5, 1e-10, 0.0)))
+
+    def predictor(compute: Compute) -> Callable[[Handling], float]:
+        return lambda handling: step_time(compute, 2, link, Plan(), handling=handling).seconds
+
+    predict = [predictor(compute) for compute in computes]
+    found = fit_handling(true.hook_seconds, predict, [each(true) for each in predict])
+    assert [each(found) for each in predict] == pytest.approx([each(true) for each in predict], rel=0.01)
+    assert fit_handling(1e-5, [], []) == Handling(1e-5)
 
 
 def test_exponential_stragglers_follow_the_harmonic_numbers() -> None:
