@@ -21,8 +21,10 @@ on where it stopped when it is started again: finished runs are read, not repeat
 
 import argparse
 import dataclasses
+import math
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -92,7 +94,8 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         _check_machine(cells)
         output = options.output or Path("runs") / f"study-{spec.name}"
-        runs = _run_all(spec, cells, output, options.data_dir, provenance("time_to_accuracy", arguments))
+        head = provenance("time_to_accuracy", arguments)
+        runs = _run_all(spec, cells, output, options.data_dir, head, options.tune_only)
     except ConfigError as problem:
         if launcher_rank(os.environ) == 0:
             print(f"time_to_accuracy: error: {problem}", file=sys.stderr, flush=True)
@@ -100,6 +103,9 @@ def main(arguments: Sequence[str]) -> int:
     except RunFailed as problem:
         print(f"time_to_accuracy: a run {problem}", file=sys.stderr, flush=True)
         return 1
+    if options.tune_only:
+        print(_chosen(runs, output))
+        return 0
     heading = f"{spec.name}: {spec.model} on {spec.dataset} to {100 * spec.target_accuracy:g} % test accuracy"
     print(f"{heading}; median [min–max] over {counted(spec.seeds, 'seed')}\n\n{tables(runs)}\n\n{output}/results.jsonl")
     if options.json is not None:
@@ -161,7 +167,9 @@ def _tuning(spec: Spec, cells: Sequence[Cell]) -> list[tuple[Cell, float, int]]:
     ]
 
 
-def _run_all(spec: Spec, cells: Sequence[Cell], output: Path, data_dir: Path | None, head: dict[str, Any]) -> list[Run]:
+def _run_all(
+    spec: Spec, cells: Sequence[Cell], output: Path, data_dir: Path | None, head: dict[str, Any], tune_only: bool
+) -> list[Run]:
     """Run the study, and return its runs. The file of results has them all at any time."""
     tuning = _tuning(spec, cells)
     try:
@@ -171,7 +179,8 @@ def _run_all(spec: Spec, cells: Sequence[Cell], output: Path, data_dir: Path | N
     except OSError as problem:
         raise ConfigError(f"--output {output}: cannot write there: {problem.strerror}") from problem
     runs: list[Run] = []
-    with Progress([*(cell for cell, _, _ in tuning), *(cell for cell in cells for _ in range(spec.seeds))]) as progress:
+    seeds = range(0 if tune_only else spec.seeds)
+    with Progress([*(cell for cell, _, _ in tuning), *(cell for cell in cells for _ in seeds)]) as progress:
 
         def take(todo: Iterable[tuple[Cell, float, int]], phase: Phase) -> None:
             for cell, lr, seed in todo:
@@ -187,8 +196,19 @@ def _run_all(spec: Spec, cells: Sequence[Cell], output: Path, data_dir: Path | N
         rates = {
             cell: chosen[cell].lr if cell in chosen else spec.tuning.rates(cell.global_batch_size)[0] for cell in cells
         }
-        take([(cell, rates[cell], seed) for seed in range(spec.seeds) for cell in cells], "measured")
+        take([(cell, rates[cell], seed) for seed in seeds for cell in cells], "measured")
     return runs
+
+
+def _chosen(runs: Sequence[Run], output: Path) -> str:
+    lines = []
+    for cell, choice in choices(runs).items():
+        best = [run for run in runs if run.cell == cell and run.lr == choice.lr]
+        samples = statistics.median(run.samples for run in best)
+        told = "missed" if math.isinf(samples) else f"{samples:,.0f}"
+        lines.append([cell.label, f"{choice.lr:.3g}{'*' * choice.on_edge}", told])
+    table = format_table(["cell", "learning rate", "samples to the target"], lines, text_columns=1)
+    return f"{table}\n\n* on the edge of its grid\n\n{output}/results.jsonl"
 
 
 def _listing(spec: Spec, cells: Sequence[Cell]) -> str:
@@ -214,6 +234,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     _add_override(
         add, "--tuning-seeds", f"runs of each cell with each rate, with the seeds from {FIRST_TUNING_SEED} on"
     )
+    add(
+        "--tune-only",
+        action="store_true",
+        help="choose the learning rates and stop: this counts samples, so the machine may do other things meanwhile; "
+        "the same call without this flag goes on from there",
+    )
     _add_override(add, "--epochs", "where a run ends that misses the target")
     add("--target-accuracy", type=fraction, metavar="X", help="the target, a fraction, instead of the spec's")
     add("--data-dir", type=Path, metavar="DIR", help="folder with the data set's files")
@@ -221,6 +247,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--json", type=Path, metavar="FILE", help="write a record with the measured runs here")
     options = parser.parse_args(arguments)
     check_writable("--json", options.json)
+    if options.tune_only and options.json is not None:
+        raise ConfigError("--json: with --tune-only nothing is measured, and there is no record")
     return options
 
 

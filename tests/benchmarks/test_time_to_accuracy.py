@@ -138,6 +138,20 @@ def test_all_cells_are_tuned_alike_before_any_is_measured(
     assert {*columns.split(), "bytes", "label", "network", "final_accuracy"} <= set(rows[0])
 
 
+def test_tuning_may_go_before_and_is_not_done_again(
+    trained: FakeTraining, spec: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [spec, "--output", str(tmp_path / "out")]
+    assert main([*flags, "--tune-only"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert next(line for line in told if line.startswith("serial, batch 16")).split()[-2:] == ["0.005", "20"]
+    assert len(trained.started) == TUNING
+    assert main(flags) == 0
+    assert len(trained.started) == TUNING + MEASURED
+    assert main([*flags, "--tune-only", "--json", str(tmp_path / "record.json")]) == 2
+    assert "--json" in capsys.readouterr().err
+
+
 def test_an_ended_study_goes_on_where_it_stopped(trained: FakeTraining, spec: str, tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = [spec, "--output", str(output)]
