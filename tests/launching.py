@@ -50,12 +50,16 @@ def environment_with(changes: Mapping[str, str]) -> dict[str, str]:
 
 
 def start(
-    ranks: int | None, arguments: Sequence[str], environment: Mapping[str, str] | None = None, cwd: Path = ROOT
+    ranks: int | None,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+    cwd: Path = ROOT,
+    program: Sequence[str] = (sys.executable,),
 ) -> subprocess.Popen[str]:
     """Start python with `arguments` on that many ranks (None: without a launcher), in a process group of its own."""
     launcher = [] if ranks is None else [find_mpirun(), "-n", str(ranks)]
     return subprocess.Popen(
-        [*launcher, sys.executable, *arguments],
+        [*launcher, *program, *arguments],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

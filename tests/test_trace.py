@@ -18,7 +18,7 @@ from allreduce_sgd.comm.single import SingleCommunicator
 from allreduce_sgd.gradients.ddp import DistributedDataParallel
 from allreduce_sgd.trace import StepRecorder, gather_trace
 from benchmarks.workloads import WORKLOADS
-from tests.launching import mpirun, python
+from tests.warm_start import mpirun, python
 
 Event = Mapping[str, Any]
 PHASES = {"forward", "backward", "optimizer"}

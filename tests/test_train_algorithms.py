@@ -12,8 +12,8 @@ from torch import nn
 from allreduce_sgd.checkpoint import find
 from allreduce_sgd.comm.choice import Choice
 from allreduce_sgd.comm.options import ALGORITHMS
-from tests.launching import mpirun
 from tests.test_train import summary_of
+from tests.warm_start import mpirun
 
 # Calls the program's main once for every list of arguments; beforehand rank 0 puts the given value as
 # library_up_to_bytes into all files of measured costs. Rank 0 writes what each call printed and returned.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from allreduce_sgd.command_line import parse
-from tests.launching import mpirun
 from tests.test_train import TRAIN, lines_of, summary_of, train_all
+from tests.warm_start import mpirun
 
 
 def failing(folder: Path, ranks: int, model: str, *flags: str) -> str:

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.launching import mpirun
 from tests.test_train import TRAIN, lines_of, summary_of, train
+from tests.warm_start import mpirun
 
 OVERFLOWING = ["--model", "tests.parts:overflowing_model", "--precision", "fp16", "--log-every", "1", "--steps", "12"]
 

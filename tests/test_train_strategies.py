@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from allreduce_sgd.strategies.options import STRATEGIES
-from tests.launching import finish, mpirun, start
+from tests.launching import finish, start
+from tests.test_preemption import of_rank
 from tests.test_resume import wait_for_step
 from tests.test_train import TRAIN, lines_of, summary_of, train, train_all
+from tests.warm_start import mpirun
 
 # What each method needs to learn the digits in a few epochs of small mini-batches.
 FLAGS = {
@@ -95,7 +97,8 @@ def test_ranks_at_their_own_pace_stop_and_go_on(tmp_path: Path, strategy: str) -
         3, [*TRAIN, *flags, "--steps", "60", "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.03"}
     )
     wait_for_step(process, folder, 5)
-    process.send_signal(signal.SIGUSR1)
+    # In two of them the last rank serves parameters.
+    of_rank(process, 2).send_signal(signal.SIGUSR1)
     stopped = finish(process, time.monotonic(), 60)
     assert stopped.status == 75, stopped.errors
     done = mpirun(3, [*TRAIN, "--resume", str(folder)], environment={"TEST_STEP_SECONDS": "0"})

@@ -13,7 +13,8 @@ from benchmarks.collective_rows import Setting, make_rows
 from benchmarks.collectives import main
 from benchmarks.rounds import Contender, Turns, Wait
 from tests.launch.requirements import require_root
-from tests.launching import ROOT, find_mpirun, mpirun
+from tests.launching import ROOT, find_mpirun
+from tests.warm_start import mpirun
 
 MIB = 1 << 20
 

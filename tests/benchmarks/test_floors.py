@@ -1,6 +1,6 @@
 """The two floors and the clock, on ranks of their own: none of it needs a communicator of ours."""
 
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 MEMORY = """
 import torch

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.local_steps import main, table
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 
 def test_the_record_of_two_ranks(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from benchmarks.scaling.step_probe import Measured
 from benchmarks.scaling.stepping import Plan, step_time
 from benchmarks.scaling.validate import at_rate, predicted_rows
 from benchmarks.study.results import Cell, Evaluation, Run, write_study
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 GIVEN = ["--s-min", "100", "--b-crit", "512"]
 

@@ -14,7 +14,7 @@ from benchmarks.cost_measurement import Timing
 from benchmarks.prediction import compare, simulated_rows
 from benchmarks.simulation import main
 from benchmarks.simulation_tables import measured_tables, simulated_table
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 COLUMNS = {name: ALL_REDUCE[name].columns(None) for name in ("ring", "recursive-doubling", "tree")}
 LINK = LinkBySize((4096,), (LinkCost(10e-6, 1e-9, 3e-11), LinkCost(40e-6, 3e-10, 3e-11)))

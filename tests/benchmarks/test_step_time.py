@@ -15,7 +15,7 @@ from benchmarks.step_rows import Setup, report, summarise
 from benchmarks.step_time import main
 from benchmarks.workloads import WORKLOADS, Workload
 from tests.launch.virtual_hosts import require_virtual_hosts, run_on_virtual_hosts
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 SMALL = Workload(4, (6,), (5,))
 ONE = Setup(1, 1, "sgd")

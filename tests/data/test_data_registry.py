@@ -41,6 +41,16 @@ def test_digits() -> None:
     assert len(load("digits", test_fraction=0.5).test) == pytest.approx(898, abs=5)
 
 
+def test_digits_are_those_that_scikit_learn_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = tensors(load("digits"))
+    # Where its file is not found, it is asked itself.
+    monkeypatch.setattr(Path, "is_file", lambda path: False)
+    theirs = tensors(load("digits"))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.inputs, other.inputs)
+        assert torch.equal(mine.targets, other.targets)
+
+
 def test_synthetic_classes() -> None:
     dataset = load("synthetic:1000,3x4x5,10", seed=3)
     train, test = tensors(dataset)

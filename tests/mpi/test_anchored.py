@@ -432,6 +432,8 @@ def test_buffers_at_an_exchange(comm: Communicator, how: str) -> None:
 @pytest.mark.parametrize("codec", [codec for codec in CODECS if codec not in ("none", "dgc")])
 @pytest.mark.parametrize(("name", "delay"), [("slowmo", 0), ("slowmo", 2), ("diloco", 2), ("easgd", 0)])
 def test_compressed_exchanges_move_one_anchor_and_learn(comm: Communicator, codec: str, name: str, delay: int) -> None:
+    if comm.size > 3 and name != "diloco":
+        pytest.skip("three ranks show as much of it")
     feedback = False if name == "easgd" and codec != "none" else None
     compression = CompressionOptions(codec, error_feedback=feedback)
     more: dict[str, Any] = {} if name == "easgd" else {"delay": delay, "fragments": 2 if name == "diloco" else 1}

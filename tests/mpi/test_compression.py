@@ -366,6 +366,8 @@ def descend(comm: Communicator, codec: Codec, steps: int, lr: float) -> float:
 
 @pytest.mark.parametrize("case", ALL, ids=lambda case: case.name)
 def test_error_feedback_converges_like_no_compression(comm: Communicator, case: Case) -> None:
+    if comm.size > 3:
+        pytest.skip("thousands of exchanges, which show nothing that three ranks do not")
     length = 120
     if case is DGC:
         codec: Codec = DeepGradientCompression(Density(0.1), momentum=0.5)
@@ -378,6 +380,8 @@ def test_error_feedback_converges_like_no_compression(comm: Communicator, case: 
 
 
 def test_sign_needs_error_feedback(comm: Communicator) -> None:
+    if comm.size > 3:
+        pytest.skip("thousands of exchanges, which show nothing that three ranks do not")
     # Without it, elements far larger and far smaller than the mean of their block are moved at the same pace.
     without = descend(comm, Quantized(Sign()), 400, 0.3)
     assert without > 10 * descend(comm, ErrorFeedback(Quantized(Sign())), 400, 0.3)

@@ -96,7 +96,7 @@ def test_algorithms_take_what_their_closed_forms_say(name: str, size: int) -> No
 
 @pytest.mark.parametrize("name", ["ring", "recursive-doubling", "halving-doubling", "tree", "chain"])
 def test_closed_forms_hold_for_thousands_of_ranks(name: str) -> None:
-    size = 16384
+    size = 4096
     result = simulate(ALL_REDUCE[name].columns(None), size, 2 * size, 4, FLAT)
     assert result.seconds == pytest.approx(closed_form(name, size, 2 * size, None), rel=1e-12)
 
