@@ -2,15 +2,15 @@
 
 import argparse
 import difflib
-import tomllib
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn
 
-from allreduce_sgd.config import Config, Option, config_from, options
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.config import Config, Option, check_text, config_from, options
+from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.run_folder import resumed_folder
+from allreduce_sgd.toml_file import load_toml
 
 __all__ = ["build_parser", "parse", "read_toml"]
 
@@ -23,14 +23,20 @@ Without mpirun it trains on one rank, without flags on a small data set in secon
 metrics.jsonl, summary.json and checkpoints into its --output folder."""
 _EPILOG = """\
 Every flag may stand in a TOML file given by --config, under its own name (batch-size = 64); flags override the file.
-SIGUSR1 to any rank that trains has all write a checkpoint at the next logged step and stop, to go on with --resume.
-Exit status: 0 done, 1 failed, 2 bad arguments or configuration, 75 stopped by SIGUSR1."""
+SIGUSR1 to any rank has all write a checkpoint at the next step and stop, to go on with --resume; so has SIGTERM, within
+--grace-seconds.
+Exit status: 0 done, 1 failed, 2 bad arguments or configuration, 75 stopped by a signal after a
+checkpoint."""
+
+
+_LONGEST_NAME = 100
+_LONGEST_MISTAKE = 500
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        text = " ".join(message.split())
-        raise ConfigError(text.removeprefix("argument "))
+        text = " ".join(message.split()).removeprefix("argument ")
+        raise ConfigError(text if len(text) <= _LONGEST_MISTAKE else f"{text[:_LONGEST_MISTAKE]}...")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -76,6 +82,8 @@ def parse(arguments: Sequence[str]) -> tuple[Config, frozenset[str]]:
         if name != "config"
     }
     file = getattr(given, "config", None)
+    if file is not None:
+        check_text(file, "--config")
     values: dict[str, Any] = {}
     if "resume" in flags:
         if file is not None:
@@ -94,18 +102,13 @@ def parse(arguments: Sequence[str]) -> tuple[Config, frozenset[str]]:
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:
     """Return the checked options of a TOML file by name."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(f"{flag}: cannot read {path}: {problem.strerror}") from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{flag}: {path} is not valid TOML: {' '.join(str(problem).split())}") from problem
+    table = load_toml(path, flag)
     known = {each.name: each for each in options()}
     values = {}
     for key, value in table.items():
         name = key.replace("_", "-")
         if name not in known:
-            raise ConfigError(f"{flag}: {path}: unknown option {key!r}{_suggestion(name, known)}")
+            raise ConfigError(f"{flag}: {path}: unknown option {quoted(key)}{_suggestion(name, known)}")
         if isinstance(value, dict | list):
             raise ConfigError(f"{flag}: {path}: {key}: options stand flat in the file, each with one value")
         values[name] = known[name].check(value, str(path))
@@ -119,7 +122,7 @@ def _from_text(each: Option, text: Any) -> Any:
             value = each.kind(text)
         except ValueError:
             wanted = "a whole number" if each.kind is int else "a number"
-            raise ConfigError(f"--{each.name}: {text!r} is not {wanted}") from None
+            raise ConfigError(f"--{each.name}: {quoted(text)} is not {wanted}") from None
     return each.check(value, "")
 
 
@@ -133,9 +136,10 @@ def _help(each: Option) -> str:
 
 def _unknown_flag(flag: str, known: Mapping[str, Option]) -> str:
     if not flag.startswith("--"):
-        return f"unexpected argument {flag!r}; options are written --name value (see --help)"
+        return f"unexpected argument {quoted(flag)}; options are written --name value (see --help)"
     name = flag[2:].split("=")[0]
-    return f"unknown flag --{name}{_suggestion(name, known, '--')}"
+    told = f"--{name}" if name.isprintable() and len(name) < _LONGEST_NAME else quoted(f"--{name}")
+    return f"unknown flag {told}{_suggestion(name, known, '--')}"
 
 
 def _suggestion(name: str, known: Mapping[str, Option], dashes: str = "") -> str:

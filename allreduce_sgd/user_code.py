@@ -21,7 +21,8 @@ _LONGEST_TEXT = 300
 
 def describe(error: BaseException) -> str:
     """The type and text of `error` in one line, shortened when it is very long."""
-    text = " ".join(str(error).split())
+    # Bytes that are not UTF-8 come as what no file or terminal takes.
+    text = " ".join(str(error).encode("utf-8", "backslashreplace").decode("utf-8").split())
     if len(text) > _LONGEST_TEXT:
         text = text[:_LONGEST_TEXT] + "..."
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -33,6 +33,7 @@ from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # p
 
 from allreduce_sgd.comm.base import FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
 from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, ConfigError
+from allreduce_sgd.interfaces import GLOO, NCCL, bound_address, interface_mistake, usable_interfaces
 from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.topology import Topology
 
@@ -57,6 +58,7 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
     if dist.is_initialized():
         everyone = list(range(dist.get_world_size()))
         return TorchCommunicator(dist.new_group(timeout=timeout), everyone, backend, timeout_seconds)
+    _check_interfaces(topology, backend)
     store_timeout = timedelta(seconds=min(_STORE_SECONDS, timeout_seconds))
     address = topology.agree(lambda: own_address() if topology.rank == 0 and topology.nodes > 1 else "127.0.0.1")
     store: Store | None = None
@@ -68,6 +70,40 @@ def connect(topology: Topology, backend: str, timeout_seconds: float) -> "TorchC
     kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
     dist.init_process_group(kinds, store=store, rank=topology.rank, world_size=topology.size, timeout=timeout)
     return TorchCommunicator(None, list(range(topology.size)), backend, timeout_seconds)
+
+
+def _check_interfaces(topology: Topology, backend: str) -> None:
+    """Raise ConfigError on all ranks where the interfaces chosen on any host cannot serve. All ranks must call."""
+    between_hosts = topology.nodes > 1
+
+    def check_choices() -> None:
+        for variable in (GLOO, NCCL) if backend == "nccl" else (GLOO,):
+            mistake = interface_mistake(variable, os.environ.get(variable, ""), between_hosts)
+            if mistake is not None:
+                raise ConfigError(mistake)
+
+    topology.agree(check_choices)
+    if not between_hosts:
+        return
+    address, reason = bound_address(os.environ.get(GLOO))
+    places = topology.gather_all((topology.node, topology.host, address, reason))
+
+    def check_addresses() -> None:
+        choices = (
+            f"choose an interface between the hosts with {GLOO}, here {', '.join(usable_interfaces(True)) or 'none'}"
+        )
+        if ipaddress.ip_address(address).is_loopback:
+            raise ConfigError(
+                f"--backend {backend}: {address}, {reason}, is not one that other hosts can reach; {choices}"
+            )
+        for node, host, other, _ in places:
+            if node != topology.node and other == address:
+                raise ConfigError(
+                    f"--backend {backend}: {address}, {reason}, is an address of {host} too, so there is no network "
+                    f"between the two; {choices}"
+                )
+
+    topology.agree(check_addresses)
 
 
 class TorchCommunicator:

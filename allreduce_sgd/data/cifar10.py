@@ -30,8 +30,8 @@ _FORMS = (
     ("cifar-10-binary.tar.gz", "cifar-10-batches-bin", ".bin"),
     ("cifar-10-python.tar.gz", "cifar-10-batches-py", ""),
 )
-# A batch has 31 MB; a damaged header may announce anything.
-_LARGEST_MEMBER_BYTES = 1 << 26
+# A batch has 31 MB; a damaged header may announce anything, and a short file unpack to it.
+_LARGEST_BATCH_BYTES = 1 << 26
 
 _Arrays = tuple[np.ndarray, np.ndarray]
 
@@ -91,11 +91,11 @@ def _read_archive(path: Path, ending: str) -> dict[str, bytes]:
     wanted = {name + ending: name for name in _BATCHES}
     with refusing(f"{path}: cannot be read"), tarfile.open(path, "r:gz") as archive:
         for member in archive:
+            if member.size > _LARGEST_BATCH_BYTES:
+                raise ValueError(f"{member.name} announces {member.size} bytes")
             name = wanted.get(member.name.rpartition("/")[2])
             if name is None or not member.isfile():
                 continue
-            if member.size > _LARGEST_MEMBER_BYTES:
-                raise ValueError(f"{member.name} announces {member.size} bytes")
             stream = archive.extractfile(member)
             if stream is not None:
                 contents[name] = stream.read()
@@ -105,11 +105,18 @@ def _read_archive(path: Path, ending: str) -> dict[str, bytes]:
     return contents
 
 
+def _read_batch(path: Path) -> bytes:
+    content = read_file(path, _LARGEST_BATCH_BYTES + 1)
+    if len(content) > _LARGEST_BATCH_BYTES:
+        raise ConfigError(f"{path}: has more than {_LARGEST_BATCH_BYTES} bytes; a batch of CIFAR-10 has half as many")
+    return content
+
+
 def _read_batches(folder: Path) -> dict[str, _Arrays]:
     files = _plain_files(folder)
     if files is not None:
         return {
-            name: (parse_binary if ".bin" in path.suffixes else parse_python)(read_file(path), path)
+            name: (parse_binary if ".bin" in path.suffixes else parse_python)(_read_batch(path), path)
             for name, path in files.items()
         }
     archive = _archive(folder)

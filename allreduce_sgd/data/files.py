@@ -3,12 +3,16 @@
 import gzip
 import os
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.user_code import refusing
 
 __all__ = ["data_folder", "find_file", "named_file", "read_file"]
+
+# What is asked for at once is also reserved at once, whatever the file has.
+_CHUNK_BYTES = 1 << 20
 
 
 def data_folder(options: DataOptions) -> Path:
@@ -40,12 +44,23 @@ def named_file(options: DataOptions, name: str) -> Path:
     raise ConfigError(f"--dataset {options.dataset}: no such file: {' or '.join(map(str, places))}")
 
 
-def read_file(path: Path) -> bytes:
-    """The content of `path`, decompressed if its name ends in .gz.
+def read_file(path: Path, most_bytes: int | None = None) -> bytes:
+    """The content of `path`, or its first `most_bytes`, decompressed if its name ends in .gz.
+
+    A short file may unpack to any length, and a damaged one announce it: who knows a limit should give it.
 
     Raises:
         ConfigError: the file cannot be read, or its compression is damaged.
     """
-    with refusing(f"{path}: cannot be read"):
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+    with refusing(f"{path}: cannot be read"), _opened(path) as file:
+        if most_bytes is None:
+            return file.read()
+        chunks = []
+        while most_bytes > 0 and (chunk := file.read(min(most_bytes, _CHUNK_BYTES))):
+            chunks.append(chunk)
+            most_bytes -= len(chunk)
+        return b"".join(chunks)
+
+
+def _opened(path: Path) -> BinaryIO:
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

@@ -33,7 +33,27 @@ def parse_idx(content: bytes, path: Path, dimensions: int) -> np.ndarray:
     Raises:
         ConfigError: wrong magic number, no elements, or a length other than the header announces.
     """
-    header_bytes = 4 + 4 * dimensions
+    shape = _shape(content, path, dimensions)
+    header_bytes = _header_bytes(dimensions)
+    expected_bytes = header_bytes + math.prod(shape)
+    if len(content) != expected_bytes:
+        problem = "truncated" if len(content) < expected_bytes else "too long"
+        raise ConfigError(f"{path}: {problem}: {len(content)} bytes, but shape {shape} needs {expected_bytes}")
+    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+
+
+def _read_idx(path: Path, dimensions: int) -> np.ndarray:
+    shape = _shape(read_file(path, _header_bytes(dimensions)), path, dimensions)
+    # One byte more than announced, to see whether there are more.
+    return parse_idx(read_file(path, _header_bytes(dimensions) + math.prod(shape) + 1), path, dimensions)
+
+
+def _header_bytes(dimensions: int) -> int:
+    return 4 + 4 * dimensions
+
+
+def _shape(content: bytes, path: Path, dimensions: int) -> tuple[int, ...]:
+    header_bytes = _header_bytes(dimensions)
     magic = bytes((0, 0, 8, dimensions))
     if content[:4] != magic:
         raise ConfigError(f"{path}: begins with {content[:4].hex() or 'nothing'}; an IDX file here with {magic.hex()}")
@@ -42,11 +62,7 @@ def parse_idx(content: bytes, path: Path, dimensions: int) -> np.ndarray:
     shape = struct.unpack(f">{dimensions}I", content[4:header_bytes])
     if 0 in shape:
         raise ConfigError(f"{path}: the header announces the shape {shape}; every dimension must be at least 1")
-    expected_bytes = header_bytes + math.prod(shape)
-    if len(content) != expected_bytes:
-        problem = "truncated" if len(content) < expected_bytes else "too long"
-        raise ConfigError(f"{path}: {problem}: {len(content)} bytes, but shape {shape} needs {expected_bytes}")
-    return np.frombuffer(content, np.uint8, offset=header_bytes).reshape(shape)
+    return shape
 
 
 def missing_names(folder: Path) -> list[str]:
@@ -76,8 +92,8 @@ def load_idx_images(options: DataOptions) -> Dataset:
 def _read_pair(folder: Path, images_name: str, labels_name: str) -> tuple[Tensor, Tensor]:
     images_path = find_file(folder, images_name) or folder / images_name
     labels_path = find_file(folder, labels_name) or folder / labels_name
-    images = parse_idx(read_file(images_path), images_path, 3)
-    labels = parse_idx(read_file(labels_path), labels_path, 1)
+    images = _read_idx(images_path, 3)
+    labels = _read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise ConfigError(f"{labels_path}: {len(labels)} labels, but {images_path} has {len(images)} images")
     inputs = torch.from_numpy(images.astype(np.float32)).div_(255).unsqueeze(1)

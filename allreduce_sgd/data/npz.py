@@ -15,7 +15,7 @@ from allreduce_sgd.data.files import named_file
 from allreduce_sgd.data.holdout import hold_out
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.data.split import Dataset, Split
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.user_code import refusing
 
 __all__ = ["load_npz"]
@@ -25,6 +25,7 @@ _NAMES = (
     ("x_train", "y_train", "x_test", "y_test"),
     ("inputs", "targets"),
 )
+_MOST_NAMED = 12
 
 
 def load_npz(options: DataOptions, name: str) -> Dataset:
@@ -51,11 +52,21 @@ def _read(path: Path) -> list[np.ndarray]:
         with archive:
             for names in _NAMES:
                 if all(name in archive.files for name in names):
-                    return [archive[name] for name in names]
-            # repr, since a damaged archive may name an array with a line break.
-            found = ", ".join(map(repr, archive.files)) or "none"
+                    return [_array(archive, name) for name in names]
+            # A damaged archive may name an array with a line break, or many of them.
+            found = ", ".join(map(quoted, archive.files[:_MOST_NAMED])) or "none"
     wanted = " or ".join(", ".join(names) for names in _NAMES)
     raise ConfigError(f"{path}: its arrays are {found}; expected {wanted}")
+
+
+def _array(archive: np.lib.npyio.NpzFile, name: str) -> np.ndarray:
+    array = archive[name]
+    if not isinstance(array, np.ndarray):
+        # NumPy returns what is no array as bytes.
+        raise ValueError(f"{name} is no array")
+    if 0 in array.shape[1:]:
+        raise ValueError(f"{name} has the shape {array.shape}; every sample needs a number")
+    return array
 
 
 def _split(inputs: np.ndarray, targets: np.ndarray, where: str) -> Split:

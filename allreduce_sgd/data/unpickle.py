@@ -4,6 +4,9 @@ A pickle is a program: it may name any importable function and have it called. H
 that NumPy writes for an array, and they lead to the stand-ins below, which accept arrays of unsigned bytes alone.
 Even NumPy's own functions are kept out, since a forged dtype can make them misread memory.
 
+Dictionaries have text or bytes as keys, and there are no sets: to hash tuples within tuples takes as long as a forged
+file likes.
+
 The unpickler is Python's own implementation in Python: the one in C allocates a table as long as the largest index in
 the file, which a single damaged byte can make tens of gigabytes.
 """
@@ -72,10 +75,19 @@ _ALLOWED: tuple[tuple[tuple[str, ...], str, Any], ...] = (
 )
 
 
+def _dictionary(items: list[Any]) -> dict[str | bytes, Any]:
+    keys, values = items[::2], items[1::2]
+    if not all(type(key) in (str, bytes) for key in keys):
+        raise pickle.UnpicklingError("a dictionary's keys must be text")
+    return dict(zip(keys, values, strict=True))
+
+
 class _Unpickler(pickle._Unpickler):
-    # The base class sets both in `load`.
+    # The base class sets these in `load`.
     read: Callable[[int], bytes]
     append: Callable[[object], None]
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
 
     def _load_bytearray(self) -> None:
         # The inherited one allocates the announced length, however large, before it reads.
@@ -85,7 +97,35 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("truncated")
         self.append(bytearray(content))
 
-    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: _load_bytearray}
+    def _load_dict(self) -> None:
+        # First: it also puts `append` back to the stack that was left at the mark.
+        items = self.pop_mark()
+        self.append(_dictionary(items))
+
+    def _load_setitem(self) -> None:
+        value = self.stack.pop()
+        key = self.stack.pop()
+        self._fill([key, value])
+
+    def _load_setitems(self) -> None:
+        self._fill(self.pop_mark())
+
+    def _fill(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict):
+            raise pickle.UnpicklingError("entries of what is no dictionary")
+        self.stack[-1].update(_dictionary(items))
+
+    def _refuse_set(self) -> None:
+        raise pickle.UnpicklingError("the file has a set, which is not allowed")
+
+    dispatch: ClassVar[dict[int, Any]] = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+        pickle.DICT[0]: _load_dict,
+        pickle.SETITEM[0]: _load_setitem,
+        pickle.SETITEMS[0]: _load_setitems,
+        pickle.EMPTY_SET[0]: _refuse_set,
+        pickle.FROZENSET[0]: _refuse_set,
+    }
 
     def find_class(self, module: str, name: str) -> Any:
         for modules, allowed, stand_in in _ALLOWED:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.user_code import describe
 from benchmarks.report.content import Section
 from benchmarks.report.record_section import record_section
 from benchmarks.report.sources import Record, Source
@@ -17,4 +19,7 @@ def section_of(source: Source, figures: Path) -> Section:
     """
     if isinstance(source.content, Record):
         return record_section(source, source.content, figures)
-    return study_section(source, source.content, figures)
+    try:
+        return study_section(source, source.content, figures)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+        raise ConfigError(f"{source.path}: not results that can be reported: {describe(problem)}") from problem

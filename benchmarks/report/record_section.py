@@ -8,7 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, quoted
+from allreduce_sgd.user_code import describe
 from benchmarks.report.content import Picture, Section
 from benchmarks.report.record_summary import summarise_record
 from benchmarks.report.record_tables import record_tables, table_name
@@ -29,9 +30,8 @@ def record_section(source: Source, record: Record, figures: Path) -> Section:
         pictures = _DRAWN.get(record.benchmark, _draw_nothing)(source.name, record.rows, figures)
         summary = summarise_record(record)
         tables = record_tables(source.name, record.rows)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as problem:
-        reason = f"{type(problem).__name__}: {problem}"
-        raise ConfigError(f"{source.path}: not rows of {record.benchmark}: {reason}") from problem
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+        raise ConfigError(f"{source.path}: not rows of {quoted(record.benchmark)}: {describe(problem)}") from problem
     title = f"Benchmark {record.benchmark}"
     if source.path.stem != record.benchmark:
         title += f": {source.path.stem}"

@@ -62,7 +62,7 @@ def _read(file: Path) -> Study | Record:
         raise ConfigError(f"{file}: {reason}") from problem
     try:
         whole = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, dict) and "rows" in whole:
         return _record(file, whole)

@@ -9,13 +9,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf, isinf
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from allreduce_sgd.durable import replace_file
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, quoted
+from allreduce_sgd.user_code import describe
 
 __all__ = ["Cell", "Evaluation", "Phase", "Run", "Study", "append_run", "fields_of", "read_study", "write_study"]
 
+T = TypeVar("T")
 Phase = Literal["tuning", "measured"]
 _SPENT = ("seconds", "wall_seconds", "samples", "steps", "bytes")
 
@@ -112,15 +115,32 @@ def fields_of(run: Run) -> dict[str, Any]:
 
 
 def run_of(entry: Mapping[str, Any]) -> Run:
-    """Return the run that a line of JSON stands for. Raises KeyError and TypeError where it is none."""
+    """Return the run that a line of JSON stands for. Raises KeyError, TypeError or AttributeError where it is none."""
     values = dict(entry)
     cell = {name: values.pop(name) for name in Cell.__dataclass_fields__}
     cell["flags"] = tuple(cell["flags"].items())
     if not values["reached"]:
         values.update({name: inf for name in _SPENT if name != "bytes"})
         values["bytes"] = inf if any(each["bytes"] is not None for each in values["evaluations"]) else None
-    values["evaluations"] = tuple(Evaluation(**each) for each in values["evaluations"])
-    return Run(cell=Cell(**cell), **values)
+    values["evaluations"] = tuple(_checked(Evaluation(**each)) for each in values["evaluations"])
+    return _checked(Run(cell=_checked(Cell(**cell)), **values))
+
+
+def _checked(entry: T) -> T:
+    """Return a dataclass's object whose fields hold what they say; raise TypeError where one does not."""
+    for name, hint in get_type_hints(type(entry)).items():
+        value = getattr(entry, name)
+        if not any(_fits(value, each) for each in (get_args(hint) if isinstance(hint, UnionType) else (hint,))):
+            raise TypeError(f"{name} is {quoted(value)}")
+    return entry
+
+
+def _fits(value: object, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if kind is float:
+        return type(value) in (int, float) and value == value
+    return type(value) is (get_origin(kind) or kind)
 
 
 def write_study(path: Path, head: Mapping[str, Any], runs: Iterable[Run]) -> None:
@@ -142,6 +162,6 @@ def read_study(path: Path) -> Study:
         head = json.loads(first)
         study = Study(head, tuple(run_of(json.loads(line)) for line in rest))
         _ = study.name, study.target_accuracy
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise ConfigError(f"{path}: not the results of a study: {problem}") from problem
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
+        raise ConfigError(f"{path}: not the results of a study: {describe(problem)}") from problem
     return study

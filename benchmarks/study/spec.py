@@ -6,8 +6,8 @@ cell. [baselines]: what they are compared with. The specs in `specs/` are exampl
 """
 
 import math
+import os
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +15,10 @@ from typing import Any
 
 from allreduce_sgd.comm.options import ALGORITHMS
 from allreduce_sgd.compression.options import CODECS
-from allreduce_sgd.config import options
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.config import check_text, options
+from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.strategies.options import STRATEGIES
+from allreduce_sgd.toml_file import load_toml
 from benchmarks.runs import Flags
 from benchmarks.study.toml_table import (
     Table,
@@ -118,16 +119,11 @@ def shipped() -> list[str]:
 
 def read_spec(named: str) -> Spec:
     """Read the spec shipped under this name, or the file of this name. Raises ConfigError."""
+    check_text(named, "SPEC")
     path = _SPECS / f"{named}.toml" if named in shipped() else Path(named)
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as problem:
-        raise ConfigError(
-            f"SPEC {named}: {problem.strerror}; name a TOML file or one of {', '.join(shipped())}"
-        ) from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise ConfigError(f"{path}: not valid TOML: {' '.join(str(problem).split())}") from problem
-    return _spec(Table(path, "", values))
+    if not os.path.isfile(path):
+        raise ConfigError(f"SPEC {named}: no such file; name a TOML file or one of {', '.join(shipped())}")
+    return _spec(Table(path, "", load_toml(path, "SPEC")))
 
 
 def _spec(top: Table) -> Spec:
@@ -226,5 +222,5 @@ def _strategy_values(value: Any) -> dict[str, Any]:
 
 def _network(value: Any) -> str:
     if value != "none" and not _RATE.fullmatch(str(value)):
-        raise ValueError(f'{value!r} is neither "none" nor a rate such as "1gbit"')
+        raise ValueError(f'{quoted(value)} is neither "none" nor a rate such as "1gbit"')
     return str(value)

@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, quoted
 
 __all__ = ["Table", "boolean", "count", "folder_name", "fraction", "list_of", "mapping", "one_of", "positive", "text"]
 
 T = TypeVar("T")
 
 _REQUIRED: Any = object()
+_LONGEST_KEY = 100
 
 
 class Table:
@@ -61,36 +62,37 @@ class Table:
 
     def fail(self, key: str, why: str) -> ConfigError:
         """Return the error of this entry, to be raised."""
-        return ConfigError(f"{self.where}{'.' if self._name else ': '}{key}: {why}")
+        told = key if key.isprintable() and len(key) <= _LONGEST_KEY else quoted(key)
+        return ConfigError(f"{self.where}{'.' if self._name else ': '}{told}: {why}")
 
 
 def text(value: Any) -> str:
     if not isinstance(value, str) or not value.strip() or "\n" in value:
-        raise ValueError(f"{value!r} is not a line of text")
+        raise ValueError(f"{quoted(value)} is not a line of text")
     return value
 
 
 def folder_name(value: Any) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", text(value)):
-        raise ValueError(f"{value!r} does not serve for a folder; use letters, digits, - and _")
+        raise ValueError(f"{quoted(value)} does not serve for a folder; use letters, digits, - and _")
     return str(value)
 
 
 def boolean(value: Any) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is not true or false")
+        raise ValueError(f"{quoted(value)} is not true or false")
     return value
 
 
 def count(value: Any) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{value!r} is not a whole number of at least 1")
+        raise ValueError(f"{quoted(value)} is not a whole number of at least 1")
     return value
 
 
 def positive(value: Any) -> float:
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{value!r} is not a number above 0")
+        raise ValueError(f"{quoted(value)} is not a number above 0")
     return float(value)
 
 
@@ -102,14 +104,14 @@ def fraction(value: Any) -> float:
 
 def mapping(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ValueError(f"{value!r} is not a table")
+        raise ValueError(f"{quoted(value)} is not a table")
     return value
 
 
 def one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
     def check(value: Any) -> str:
         if value not in known:
-            raise ValueError(f"unknown value {value!r}; choose from {', '.join(known)}")
+            raise ValueError(f"unknown value {quoted(value)}; choose from {', '.join(known)}")
         return str(value)
 
     return check
@@ -118,7 +120,7 @@ def one_of(known: tuple[str, ...]) -> Callable[[Any], str]:
 def list_of(check: Callable[[Any], T]) -> Callable[[Any], tuple[T, ...]]:
     def check_all(value: Any) -> tuple[T, ...]:
         if not isinstance(value, list):
-            raise ValueError(f"{value!r} is not a list")
+            raise ValueError(f"{quoted(value)} is not a list")
         return tuple(check(each) for each in value)
 
     return check_all

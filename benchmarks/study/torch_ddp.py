@@ -161,10 +161,10 @@ def _fit(
                 samples += count
                 due = step % evaluate_every == 0 or step == total_steps
                 if due or step % config.run.log_every == 0:
-                    totals, _, _ = tally.reduce(comm)
+                    totals, _ = tally.reduce(comm)
                     train_loss = totals.mean_loss
                     write("train", {"loss": train_loss, "communication_bytes": None})
-        totals, _, _ = feed.evaluate(model, comm.rank, comm.size).reduce(comm)
+        totals, _ = feed.evaluate(model, comm.rank, comm.size).reduce(comm)
         test_loss, accuracy = totals.mean_loss, totals.accuracy
         reached = target is not None and (accuracy or 0.0) >= target
         write("evaluation", {"test_loss": test_loss, "test_accuracy": accuracy})

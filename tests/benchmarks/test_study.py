@@ -77,7 +77,7 @@ def test_a_bad_spec_is_told_in_one_line(tmp_path: Path, text: str, said: str) ->
     with pytest.raises(ConfigError) as caught:
         spec_of(tmp_path, text)
     assert said in str(caught.value)
-    assert "spec.toml: " in str(caught.value)
+    assert "spec.toml" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

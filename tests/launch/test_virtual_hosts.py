@@ -199,15 +199,6 @@ class TestOnHosts:
         assert [report["right"] for report in reports] == [True, True]
         assert received_bytes(reports, "host1") < BUFFER_BYTES / 100
 
-    def test_training(self, tmp_path: Path) -> None:
-        run = tmp_path / "run"
-        command = [sys.executable, "-m", "allreduce_sgd.train", "--steps", "5", "--output", str(run)]
-        done = run_on_virtual_hosts(command, "--rate", "100mbit", folder=tmp_path)
-        assert done.returncode == 0, done.stderr
-        summary = json.loads((run / "summary.json").read_text())
-        assert summary["world_size"] == 2
-        assert summary["steps"] == 5
-
     def test_two_runs_do_not_meet(self) -> None:
         runs = [start_on_virtual_hosts([sys.executable, "-c", TOPOLOGY]) for _ in range(2)]
         try:
