@@ -41,15 +41,19 @@ class Feed:
         return Share(losses, samples, global_samples, predictions)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, rank: int, size: int) -> Tally:
-        """Evaluate `model` on this rank's part of the test set: exact sums over all ranks, nothing padded."""
-        part = evaluation_share(len(self.dataset.test), rank, size)
+    def evaluate(self, model: nn.Module, rank: int, size: int, virtual_ranks: int = 1) -> Tally:
+        """Evaluate `model` on this rank's part of the test set: exact sums over all ranks, nothing padded.
+
+        So many `virtual_ranks` of this rank have batches of their own, which do not depend on who has them.
+        """
         tally = Tally()
         model.eval()
-        for start in range(part.start, part.stop, _EVALUATION_BATCH):
-            indices = torch.arange(start, min(start + _EVALUATION_BATCH, part.stop))
-            outputs, targets, loss = self._forward(model, self.dataset.test.batch(indices))
-            tally.add(loss, len(indices), self.loss.correct(outputs, targets), self.loss.count(targets))
+        for virtual in range(rank * virtual_ranks, (rank + 1) * virtual_ranks):
+            part = evaluation_share(len(self.dataset.test), virtual, size * virtual_ranks)
+            for start in range(part.start, part.stop, _EVALUATION_BATCH):
+                indices = torch.arange(start, min(start + _EVALUATION_BATCH, part.stop))
+                outputs, targets, loss = self._forward(model, self.dataset.test.batch(indices))
+                tally.add(loss, len(indices), self.loss.correct(outputs, targets), self.loss.count(targets))
         model.train()
         return tally
 

@@ -1,5 +1,6 @@
 """The states of all random generators of a process, in types that a checkpoint may hold."""
 
+import hashlib
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["random_state", "restore_random_state"]
+__all__ = ["random_state", "restore_random_state", "seed_generators"]
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
@@ -32,3 +33,13 @@ def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seed_generators(*numbers: int) -> None:
+    """Seed torch's (all devices), Python's and numpy's global generators from the numbers, whose order counts."""
+    # Hashed, so that what neighbouring numbers give is unrelated.
+    digest = hashlib.blake2b(repr(numbers).encode(), digest_size=8).digest()
+    seed = int.from_bytes(digest, "big")
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)

@@ -40,6 +40,8 @@ class Share:
     global_samples: int
     predictions: Sequence[Callable[[nn.Module], Tensor]] = ()
     """Forward passes whose losses count in the figures, but from which nothing is learnt (method dmb)."""
+    shards: Sequence["Share"] = ()
+    """The shares of the virtual ranks that this rank computes, in their order, instead of `losses`."""
 
     @property
     def weight(self) -> float:

@@ -34,11 +34,12 @@ from allreduce_sgd.strategies.server.build import build_worker
 from allreduce_sgd.strategies.server.roles import Role
 from allreduce_sgd.strategies.slowmo import SlowMo
 from allreduce_sgd.strategies.synchronous import Synchronous
+from allreduce_sgd.strategies.virtual import VirtualRanks
 
 __all__ = ["build_strategy", "check_optimizer"]
 
 _DENSE = ("delayed", "dmb")
-"""The strategies that hand dense gradients to the optimizer, whatever the model's are; so do servers."""
+"""The strategies that hand dense gradients to the optimizer, whatever the model's are; so do servers, virtual ranks."""
 
 
 def build_strategy(
@@ -101,6 +102,8 @@ def build_strategy(
         return Gossip(model, made, comm, clip, gradients, options.gossip, options.late, scaling)
     if name == "hogwild":
         return Hogwild(model, made, comm, clip, gradients, scaling)
+    if options.virtual_ranks is not None:
+        return VirtualRanks(model, made, comm, clip, gradients, options.virtual_ranks, seed, scaling)
     shard = _shards(gradients, made, model, comm, codecs)
     return Synchronous(model, make, comm, clip, gradients, shard, codecs, scaling, resync, options.noise_scale)
 
@@ -114,7 +117,7 @@ def check_optimizer(
 ) -> None:
     """Raise ConfigError where the optimizer meets what it cannot do: sparse gradients, loss scaling, shards, races."""
     sparse = has_sparse_gradients(model)
-    if sparse and options.strategy not in _DENSE and not options.served:
+    if sparse and options.strategy not in _DENSE and not options.served and options.virtual_ranks is None:
         check_takes_sparse(optimizer)
     if options.strategy == "hogwild":
         check_hogwild_optimizer(optimizer, sparse)

@@ -45,6 +45,7 @@ BELONGS = {
     "softsync": ("server-staleness",),
     "no-staleness-lr": ("server-staleness",),
     "noise-scale": ("sync",),
+    "virtual-ranks": ("sync",),
 }
 """The strategies that take each of these flags."""
 PERIOD_SCHEDULES = ("constant", "rising", "falling")
@@ -133,6 +134,13 @@ class StrategyOptions:
     noise_scale: int | None = option(
         None, "measure the gradient noise scale every so many steps (sync, from 2 ranks on); not set: never", minimum=1
     )
+    virtual_ranks: int | None = option(
+        None,
+        "compute every mini-batch as that of so many ranks, a multiple of those started, which share them out (sync): "
+        "training then gives the same bits on any number of ranks with equal --threads; --batch-size is per virtual "
+        "rank; not set: off",
+        minimum=1,
+    )
     straggler: str | None = option(
         None, "slow rank R down F times, to see who suffers, e.g. 1:3; not set: none", metavar="R:F"
     )
@@ -157,7 +165,7 @@ class StrategyOptions:
     @property
     def needs_messages(self) -> bool:
         """Whether ranks send one another messages, or share memory, which not all back ends can."""
-        return self.served or self.strategy in ("adasum", "gossip", "hogwild")
+        return self.served or self.strategy in ("adasum", "gossip", "hogwild") or self.virtual_ranks is not None
 
     @property
     def late(self) -> int:
