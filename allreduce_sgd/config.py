@@ -4,6 +4,7 @@ Option names are unique over all groups, so that they are flat on the command li
 """
 
 import dataclasses
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -15,14 +16,14 @@ import tomli_w
 from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.compression.options import CompressionOptions
 from allreduce_sgd.data.options import DataOptions
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.options import option
 from allreduce_sgd.strategies.options import BELONGS, LOCAL, StrategyOptions
 
-__all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "config_from", "options", "to_toml"]
+__all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "check_text", "config_from", "options", "to_toml"]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
 
@@ -31,7 +32,9 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 class TrainingOptions:
     epochs: int | None = option(None, "passes over the training set; not set: 20, or until --steps", minimum=1)
     steps: int | None = option(None, "optimizer steps, instead of --epochs", minimum=1)
-    batch_size: int | None = option(None, "samples per rank, step and accumulation round; not set: 32", minimum=1)
+    batch_size: int | None = option(
+        None, "samples per rank (--virtual-ranks: per virtual one), step and accumulation round; not set: 32", minimum=1
+    )
     global_batch_size: int | None = option(
         None,
         "samples of all ranks per step, instead of --batch-size: the same training on any number of ranks",
@@ -72,6 +75,11 @@ class RunOptions:
     )
     checkpoint_every: int | None = option(None, "steps between two checkpoints; not set: one at the end", minimum=1)
     keep_checkpoints: int = option(3, "how many of the latest checkpoints to keep", minimum=1)
+    grace_seconds: float = option(
+        30.0,
+        "how soon after SIGTERM a checkpoint must be written; past that the run ends with status 1",
+        above=0,
+    )
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1)
     tensorboard: bool = option(False, "write TensorBoard event files too (needs the package tensorboard)")
     trace: str | None = option(
@@ -126,18 +134,22 @@ class Option:
         name = f"--{self.name}" if not source else self.name
         if value is None and self.optional:
             return None
+        if type(value) is int and abs(value) > _LARGEST_WHOLE:
+            raise ConfigError(f"{where}{name}: {quoted(value)} is out of range; it must be at most {_LARGEST_WHOLE}")
         if self.kind is float and type(value) is int:
             value = float(value)
         if not isinstance(value, (str, int, float, bool)) or type(value) is not self.kind:
-            raise ConfigError(f"{where}{name}: {value!r} is not {_ARTICLES[self.kind]}")
+            raise ConfigError(f"{where}{name}: {quoted(value)} is not {_ARTICLES[self.kind]}")
         if self.choices is not None and isinstance(value, str):
             if value.lower() not in self.choices:
-                raise ConfigError(f"{where}{name}: unknown value {value!r}; choose from {', '.join(self.choices)}")
+                raise ConfigError(
+                    f"{where}{name}: unknown value {quoted(value)}; choose from {', '.join(self.choices)}"
+                )
             return value.lower()
         if isinstance(value, int | float) and self.kind is not bool and not self._in_range(value):
             raise ConfigError(f"{where}{name}: {value} is out of range; {self._range()}")
-        if isinstance(value, str) and ("\n" in value or not value.strip()):
-            raise ConfigError(f"{where}{name}: {value!r} is not a line of text")
+        if isinstance(value, str):
+            check_text(value, f"{where}{name}")
         return value
 
     def _in_range(self, value: float) -> bool:
@@ -160,7 +172,19 @@ class Option:
         return "it must be " + (" and ".join(rules) or "finite")
 
 
+# Beyond it neither floating numbers nor the libraries' integers count exactly.
+_LARGEST_WHOLE = 2**53
+# That of paths in Linux.
+_LONGEST_TEXT = 4096
+# Line breaks, NUL and other controls, and halves of surrogate pairs, which stand for bytes that are not UTF-8.
+_UNWANTED = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _ARTICLES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise ConfigError, which begins with `what`, unless `text` is one line that files and terminals can take."""
+    if not text.strip() or len(text) > _LONGEST_TEXT or _UNWANTED.search(text):
+        raise ConfigError(f"{what}: {quoted(text)} is not a line of text of at most {_LONGEST_TEXT} characters")
 
 
 def options() -> Iterator[Option]:

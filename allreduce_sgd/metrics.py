@@ -1,9 +1,10 @@
 """What a run measures: sums over samples on all ranks, and the files metrics.jsonl and summary.json."""
 
+import contextlib
 import importlib.util
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.durable import replace_file
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, OutputError
 
 __all__ = ["MetricsLog", "Tally", "Totals", "check_tensorboard", "write_json"]
 
@@ -78,17 +79,17 @@ class Tally:
             self._predictions += predictions
 
     def reduce(
-        self, comm: Communicator, ask: bool = False, measures: Mapping[str, float] | None = None
-    ) -> tuple[Totals, bool, dict[str, float]]:
-        """Return the sums over all ranks, whether any rank asks, and the sums of `measures`, and start afresh.
+        self, comm: Communicator, measures: Mapping[str, float] | None = None
+    ) -> tuple[Totals, dict[str, float]]:
+        """Return the sums over all ranks, and those of `measures`, and start afresh.
 
         All ranks must call, with measures of the same names; the same bits everywhere.
         """
         measures = measures or {}
-        sums = torch.cat([self.take(ask), torch.tensor(list(measures.values()), dtype=torch.float64)])
+        sums = torch.cat([self.take(), torch.tensor(list(measures.values()), dtype=torch.float64)])
         comm.all_reduce(sums).wait()
-        totals, asking = Totals.of(sums[:5].tolist())
-        return totals, asking, dict(zip(measures, sums[5:].tolist(), strict=True))
+        totals, _ = Totals.of(sums[:5].tolist())
+        return totals, dict(zip(measures, sums[5:].tolist(), strict=True))
 
     def take(self, ask: bool = False) -> Tensor:
         """Return this rank's sums, float64: loss, samples, right predictions, predictions, `ask`; and start afresh."""
@@ -112,10 +113,16 @@ def check_tensorboard(wanted: bool) -> None:
 
 
 class MetricsLog:
-    """Appends lines to metrics.jsonl, each flushed, and optionally to TensorBoard. One rank has it."""
+    """Appends lines to metrics.jsonl, each flushed, and optionally to TensorBoard. One rank has it.
+
+    Raises OutputError where metrics.jsonl cannot be opened or written. A line may then be cut short; a resumed run
+    drops it.
+    """
 
     def __init__(self, folder: Path, tensorboard: bool = False) -> None:
-        self._file = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        with _writing(self._path):
+            self._file = self._path.open("a", encoding="utf-8")
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -128,14 +135,17 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        # What could not be flushed before cannot be now.
+        with _writing(self._path) if error is None else contextlib.suppress(OSError):
+            self._file.close()
         if self._writer is not None:
             self._writer.close()
 
     def write(self, event: str, step: int, values: dict[str, Any]) -> None:
         """Write one line: `event` ("train", "evaluation", ...), the step, and the values."""
-        self._file.write(json.dumps(_finite({"event": event, "step": step, **values})) + "\n")
-        self._file.flush()
+        with _writing(self._path):
+            self._file.write(json.dumps(_finite({"event": event, "step": step, **values})) + "\n")
+            self._file.flush()
         if self._writer is not None:
             for name, value in values.items():
                 if isinstance(value, int | float) and not isinstance(value, bool):
@@ -144,8 +154,20 @@ class MetricsLog:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file under a temporary name, and rename it. Numbers that are not finite become null."""
-    replace_file(path, json.dumps(_finite(value), indent=2) + "\n")
+    """Write a JSON file under a temporary name, and rename it. Numbers that are not finite become null.
+
+    Raises OutputError where it cannot be written.
+    """
+    with _writing(path):
+        replace_file(path, json.dumps(_finite(value), indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as problem:
+        raise OutputError(f"cannot write {path}: {problem.strerror}") from problem
 
 
 def _finite(value: Any) -> Any:

@@ -1,10 +1,13 @@
 """Going on from a checkpoint: which one, with which configuration, and what will differ from an undisturbed run."""
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from allreduce_sgd.config import Config, config_from
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.config import Config, config_from, options
+from allreduce_sgd.errors import CommunicationError, ConfigError, quoted
 from allreduce_sgd.strategies.options import OUTER
 
 if TYPE_CHECKING:
@@ -12,14 +15,31 @@ if TYPE_CHECKING:
     from allreduce_sgd.comm.base import Communicator
     from allreduce_sgd.comm.choice import Choice
 
-__all__ = ["differences", "find_checkpoint", "resumed_config", "saved_choice"]
+__all__ = ["differences", "find_checkpoint", "fitting", "resumed_config", "saved_choice"]
 
 _CHANGEABLE = frozenset(
     "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
     "tensorboard trace backend algorithm deterministic verbose timeout-seconds device threads data-dir shard-optimizer "
-    "find-unused-parameters static-graph check-finite check-sync straggler noise-scale".split()
+    "find-unused-parameters static-graph check-finite check-sync grace-seconds straggler noise-scale".split()
 )
 _BUCKET_SIZES = frozenset({"bucket-mb", "first-bucket-mb"})
+# What of a checkpoint no load_state_dict of torch's judges: its type, and the least number.
+_SAVED: Mapping[str, tuple[type, int | None]] = MappingProxyType(
+    {
+        "configuration": (dict, None),
+        "backend": (str, None),
+        "epoch_totals": (list, None),
+        "watch": (dict, None),
+        "step": (int, 0),
+        "samples": (int, 0),
+        "global_batch_size": (int, 1),
+        "predicted": (int, 0),
+        "threads": (int, 1),
+        "world_size": (int, 1),
+        "servers": (int, 0),
+    }
+)
+_MOST = 2**53
 
 
 def find_checkpoint(config: Config) -> "Checkpoint | None":
@@ -29,11 +49,39 @@ def find_checkpoint(config: Config) -> "Checkpoint | None":
     return None if config.run.resume is None else find(Path(config.run.resume))
 
 
+def _check(saved: dict[str, Any]) -> None:
+    """Raise ConfigError where a checkpoint does not hold what this program saves: its hashes only tell of accidents."""
+    for name, (kind, least) in _SAVED.items():
+        value = saved.get(name)
+        if type(value) is not kind or (isinstance(value, int) and not (least or 0) <= value <= _MOST):
+            raise ConfigError(f"--resume: the checkpoint's {name} is damaged: {quoted(value)}")
+    known = {each.name: each for each in options()}
+    for name, value in saved["configuration"].items():
+        if name not in known:
+            raise ConfigError(f"--resume: the checkpoint's configuration has an unknown option {quoted(name)}")
+        known[name].check(value, "--resume: the checkpoint's configuration")
+
+
+@contextmanager
+def fitting(checkpoint: "Checkpoint") -> Iterator[None]:
+    """Turn what taking up the state of a checkpoint raises, because it does not fit this run, into ConfigError."""
+    try:
+        yield
+    except (ConfigError, CommunicationError):
+        raise
+    except Exception as problem:  # torch and numpy raise whatever they do
+        why = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+        raise ConfigError(
+            f"--resume: checkpoint {checkpoint.folder} does not fit this run or is damaged: {why}"
+        ) from problem
+
+
 def resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, Any], same_size: bool) -> Config:
     """Return the configuration that the checkpoint was trained with, changed by the flags that may change it.
 
     `saved` is what all ranks share in the checkpoint, `same_size` whether it was written by as many ranks.
     """
+    _check(saved)
     before, now = saved["configuration"], config.flat()
     # What codecs keep belongs to their buckets.
     changeable = _CHANGEABLE | (_BUCKET_SIZES if before.get("compression", "none") == "none" else frozenset())
@@ -76,8 +124,11 @@ def differences(saved: dict[str, Any], config: Config, comm: "Communicator") -> 
     present |= {name: config.flat()[name] for name in sizes}
     before = {"ranks": saved["world_size"], "threads": saved["threads"], "backend": saved["backend"]}
     before |= {name: saved["configuration"][name] for name in sizes}
+    if config.strategy.virtual_ranks is not None:
+        # Nothing else changes a bit.
+        present = {"threads": present["threads"]}
     changes = [f"{name} {before[name]} -> {now}" for name, now in present.items() if before[name] != now]
-    if saved.get("algorithm_table") != comm.algorithm_table:
+    if config.strategy.virtual_ranks is None and saved.get("algorithm_table") != comm.algorithm_table:
         changes.append("another table of algorithms")
     told = f" (sums will round differently: {', '.join(changes)})" if changes else ""
     if config.compression.compression != "none" and saved["world_size"] != comm.size:

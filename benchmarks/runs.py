@@ -31,6 +31,8 @@ Flags = Mapping[str, str | int | float | bool]
 
 _ENDING_SECONDS = 10
 _CONFIG_STATUS = 2
+# Where data lie, and how a run is ended, make no other run of it.
+_FREE = frozenset({"data-dir", "grace-seconds"})
 _VIRTUAL_HOSTS = Path(__file__).parents[1] / "launch" / "virtual_hosts.sh"
 
 
@@ -94,14 +96,14 @@ def find_mpirun() -> list[str]:
 
 
 def check_same(folder: Path, flags: Flags) -> None:
-    """Raise ConfigError where the finished run in `folder` had other flags than these; where its data lay is free."""
+    """Raise ConfigError where the finished run in `folder` had other flags than these, `_FREE` ones left aside."""
     try:
         had: dict[str, Any] = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError) as problem:
         raise ConfigError(f"--output: {folder} is there, but is not the folder of a run: {problem}") from problem
     wanted: dict[str, Any] = tomllib.loads(to_toml(parse(words(flags))[0]))
     for name in {**wanted, **had}:
-        if name != "data-dir" and had.get(name) != wanted.get(name):
+        if name not in _FREE and had.get(name) != wanted.get(name):
             raise ConfigError(
                 f"--output: the run in {folder} has --{name} {had.get(name)}, not {wanted.get(name)}; name another "
                 f"folder"

@@ -1,5 +1,6 @@
 # shellcheck shell=bash
-# What slurm/*.sbatch share: sourced inside a job, after `home` was set to the tree; run_job starts the ranks.
+# What slurm/*.sbatch share: sourced inside a job, after `home` was set to the tree. run_job starts the ranks of the
+# trainer, run_again what goes on by itself where it stopped.
 
 # shellcheck source=launch/common.sh
 source "${home:?}/launch/common.sh"
@@ -31,15 +32,29 @@ choose_launch() { # KIND: prints mpirun, pmix or pmi2
     esac
 }
 
+leave_out_config() { # ARGUMENTS...: sets arguments to the others; for a resumed run has its own configuration
+    arguments=()
+    while (($#)); do
+        case $1 in
+            --config) shift ;;
+            --config=*) ;;
+            *) arguments+=("$1") ;;
+        esac
+        shift
+    done
+}
+
 # A requeued job runs this script again with the same arguments, so it is told to continue what it finds.
-choose_output() { # ARGUMENTS...: sets output
+choose_output() { # ARGUMENTS...: sets output, and arguments to those of them that go with it
     local folder=${OUTPUT:-runs/slurm-$SLURM_JOB_ID} word
     output=()
+    arguments=("$@")
     for word in "$@"; do
         [[ $word != --output && $word != --output=* && $word != --resume && $word != --resume=* ]] || return 0
     done
     if ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -e $folder/checkpoints/latest ]]; then
         output=(--resume "$folder")
+        [[ -n ${PROGRAM:-} ]] || leave_out_config "$@"
     elif ((${SLURM_RESTART_COUNT:-0} > 0)) && [[ -d $folder ]]; then
         # It ended before its first checkpoint: nothing to go on from, and a used folder would be refused.
         mv "$folder" "$folder.before-restart-$SLURM_RESTART_COUNT"
@@ -49,15 +64,18 @@ choose_output() { # ARGUMENTS...: sets output
     fi
 }
 
-# The shell has to stay, unlike in launch/: SLURM gives its warning to the shell (--signal=B:), since Open MPI's daemons,
-# which get it without the B:, die of it. mpirun and srun pass it on to the ranks.
-run_and_forward_signals() { # COMMAND...: returns its status
+# The shell has to stay: SLURM gives its warning to the shell (--signal=B:), since Open MPI's daemons, which get it
+# without the B:, die of it. mpirun and srun pass USR1 on to the ranks; of TERM, srun and Open MPI's mpirun kill them, so
+# what the ranks get of a TERM that comes here is USR1, and SLURM's KillWait or GraceTime is the deadline. A TERM for the
+# steps of a job (scancel, pre-emption) reaches ranks that srun started directly.
+run_and_warn() { # SIGNAL COMMAND...: gives the command SIGNAL for USR1 and TERM; returns its status, and sets warned
+    local signal=$1 child status
+    shift
     "$@" &
-    local child=$! status
+    child=$!
+    warned=
     # shellcheck disable=SC2064 # the child is known now
-    trap "kill -USR1 $child 2>/dev/null" USR1
-    # shellcheck disable=SC2064
-    trap "kill -TERM $child 2>/dev/null" TERM
+    trap "warned=1; kill -$signal $child 2>/dev/null" USR1 TERM
     while true; do
         status=0
         wait "$child" || status=$?
@@ -69,7 +87,7 @@ run_and_forward_signals() { # COMMAND...: returns its status
 }
 
 run_job() { # ARGUMENTS...
-    local mpirun='' python program output kind launch ranks status=0
+    local mpirun='' python program arguments output kind launch ranks warned status=0
     ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
     mpirun=$(find_mpirun "$home" 2>/dev/null && echo "$mpirun") || mpirun=
     find_python "$mpirun"
@@ -93,13 +111,24 @@ run_job() { # ARGUMENTS...
         command=(srun "--mpi=$launch" --ntasks "$ranks" --kill-on-bad-exit=1)
         [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || command+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")
     fi
-    command+=("$python" "${program[@]}" "$@" "${output[@]}")
+    command+=("$python" "${program[@]}" "${arguments[@]}" "${output[@]}")
 
     echo "$SLURM_JOB_NUM_NODES node(s), $ranks rank(s): ${command[*]}"
-    run_and_forward_signals "${command[@]}" || status=$?
-    # 75: the program saved a checkpoint because of the warning.
-    if ((status == 75)) && ((${#output[@]})); then
+    run_and_warn USR1 "${command[@]}" || status=$?
+    # 75: the program saved a checkpoint because of the warning; above 128: it died of it, for it had only just begun.
+    if ((${#output[@]})) && { ((status == 75)) || { [[ -n $warned ]] && ((status > 128)); }; }; then
         scontrol requeue "$SLURM_JOB_ID" || true
+    fi
+    return "$status"
+}
+
+run_again() { # COMMAND...: it keeps what it has finished, so that a warning ends it, and the requeued job goes on
+    local status=0 warned
+    echo "$SLURM_JOB_NUM_NODES node(s): $*"
+    run_and_warn TERM "$@" || status=$?
+    if [[ -n $warned ]] && ((status != 0)); then
+        scontrol requeue "$SLURM_JOB_ID" || true
+        status=75
     fi
     return "$status"
 }

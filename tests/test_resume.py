@@ -59,23 +59,6 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(tmp_path: Path, flags
     assert steps == list(range(1, 41))
 
 
-def test_usr1_stops_at_a_checkpoint_with_status_75_and_resuming_comes_to_the_same_end(tmp_path: Path) -> None:
-    flags = [*SLOW, "--steps", "40"]
-    whole = train(2, tmp_path / "whole", *flags)
-    folder = tmp_path / "stopped"
-    process = start(2, [*TRAIN, *flags, "--output", str(folder)], environment={"TEST_STEP_SECONDS": "0.05"})
-    wait_for_step(process, folder, 9)
-    # As a scheduler does: the launcher gets the signal, and passes it on to the ranks.
-    process.send_signal(signal.SIGUSR1)
-    done = finish(process, time.monotonic(), 60)
-    assert done.status == 75, done.errors
-    assert f"go on with --resume {folder}" in done.output
-    assert not (folder / "summary.json").exists()
-    done = mpirun(2, [*TRAIN, "--resume", str(folder)])
-    assert done.status == 0, done.errors
-    assert summary_of(folder)["parameters_sha256"] == whole["parameters_sha256"]
-
-
 # In a ring the order of summation depends on where in a bucket a gradient lies.
 ORDERED = ["--model", "tests.parts:last_declared_first", "--algorithm", "ring", "--no-shard-optimizer"]
 

@@ -25,9 +25,10 @@ import psutil
 
 __all__ = ["Job", "SlurmCluster"]
 
-_START_SECONDS = 30.0
+_START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
-_COMMAND_SECONDS = 30.0
+_COMMAND_SECONDS = 60.0
+_JOB_SECONDS = 240.0
 _FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 _CONFIGURATION = """\
@@ -66,9 +67,12 @@ SlurmdParameters=config_overrides
 
 @dataclass(frozen=True)
 class Job:
-    """A finished job: its number, SLURM's word for how it ended, its exit status and all that it wrote."""
+    """A finished job: its number, SLURM's word for how it ended, its exit status and all that it wrote.
 
-    number: int
+    Of an array job, a task K is "NUMBER_K".
+    """
+
+    number: int | str
     state: str
     exit_status: int
     output: str
@@ -125,11 +129,15 @@ class SlurmCluster:
         folder: Path,
         environment: Mapping[str, str] | None = None,
     ) -> int:
-        """Call `sbatch arguments` in `folder`, where the output goes to job-NUMBER.out, and return the number."""
-        words = ("sbatch", "--parsable", f"--output={folder}/job-%j.out", *arguments)
+        """Call `sbatch arguments` in `folder`, where the output goes to job-NUMBER.out, and return the number.
+
+        That of task K of an array job goes to job-NUMBER_K.out.
+        """
+        array = any(word.startswith("--array") for word in arguments)
+        words = ("sbatch", "--parsable", f"--output={folder}/job-{'%A_%a' if array else '%j'}.out", *arguments)
         return int(self.command(*words, environment=environment, folder=folder))
 
-    def wait(self, job: int, folder: Path, seconds: float = 60.0) -> Job:
+    def wait(self, job: int | str, folder: Path, seconds: float = _JOB_SECONDS) -> Job:
         """Wait until the job has ended. After `seconds` cancel it and raise TimeoutError with its output."""
         output = folder / f"job-{job}.out"
 
@@ -149,7 +157,7 @@ class SlurmCluster:
         *,
         folder: Path,
         environment: Mapping[str, str] | None = None,
-        seconds: float = 60.0,
+        seconds: float = _JOB_SECONDS,
     ) -> Job:
         """Submit a job and wait for its end."""
         return self.wait(self.submit(arguments, folder=folder, environment=environment), folder, seconds)

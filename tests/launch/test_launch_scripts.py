@@ -178,7 +178,7 @@ def test_hosts_command_mpich(tmp_path: Path, host_file: Path) -> None:
     assert done.returncode == 0, done.stderr
     plain = done.stdout.replace("\\", "")
     assert "UCX_TLS=tcp,self UCX_NET_DEVICES=eth7" in plain
-    assert "-np 3 -bind-to none -hosts node1:4,node2:2,10.0.0.3:1 -iface eth7 -launcher ssh -launcher-exec /" in plain
+    assert "-np 3 -hosts node1:4,node2:2,10.0.0.3:1 -bind-to none -iface eth7 -launcher ssh -launcher-exec /" in plain
 
 
 def test_hosts_without_interface_leaves_the_network_alone(tmp_path: Path, host_file: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -131,23 +132,31 @@ def test_bad_requests(slurm: SlurmCluster, tmp_path: Path, launch: str, options:
     assert named in job.output
 
 
-@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
-def test_preempted_job_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
+@pytest.mark.parametrize(("launch", "warning"), [("mpirun", "USR1"), ("pmi2", "TERM")])
+def test_warned_job_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path, launch: str, warning: str) -> None:
     program = tmp_path / "program.py"
     program.write_text(PREEMPTED)
     number = slurm.submit([str(ROOT / ONE_NODE)], folder=tmp_path, environment=environment(launch, program))
     output = tmp_path / f"job-{number}.out"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (output.exists() and output.read_text().count(" runs\n") == 2):
         time.sleep(0.1)
-    # What SLURM does by itself before the time limit, which is too coarse to wait for in a test.
-    slurm.command("scancel", "--batch", "--signal=USR1", str(number))
+    # What reaches the script of its own job reaches the ranks as USR1: of TERM their launchers would kill them.
+    slurm.command("scancel", "--batch", f"--signal={warning}", str(number))
     job = slurm.wait(number, tmp_path)
     assert job.state == "COMPLETED", job.output
     for rank in range(2):
         assert f"rank {rank} warned" in job.output
         assert f"rank {rank} resumed" in job.output
     assert re.search(rf"--resume runs/slurm-{number}\b", job.output)
+
+
+def test_help_needs_no_job() -> None:
+    for script in (ONE_NODE, MANY_NODES, "slurm/sweep.sbatch", "slurm/study.sbatch"):
+        done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"bash {script} --help" in " ".join(done.stdout.split())
+        assert "#SBATCH --" not in done.stdout
 
 
 def test_cluster_leaves_nothing_behind() -> None:
