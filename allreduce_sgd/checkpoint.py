@@ -22,7 +22,7 @@ import torch
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.durable import replace_file, sync_folder, write_file
-from allreduce_sgd.errors import CheckpointError, ConfigError
+from allreduce_sgd.errors import CheckpointError, ConfigError, quoted
 
 __all__ = ["Checkpoint", "find", "save"]
 
@@ -92,10 +92,16 @@ def save(
         for unwanted in folders[: max(0, position + 1 - keep)] + folders[position + 1 :]:
             shutil.rmtree(unwanted, ignore_errors=True)
 
-    _together(prepare, comm, checkpoints)
-    _together(write, comm, checkpoints)
-    everyones = {file: facts for part in all_gather_object(comm, files) for file, facts in part.items()}
-    _together(publish, comm, checkpoints)
+    try:
+        _together(prepare, comm, checkpoints)
+        _together(write, comm, checkpoints)
+        everyones = {file: facts for part in all_gather_object(comm, files) for file, facts in part.items()}
+        _together(publish, comm, checkpoints)
+    except CheckpointError:
+        if comm.rank == 0:
+            # A full disk has better uses for it.
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def find(path: Path) -> Checkpoint:
@@ -112,8 +118,9 @@ def find(path: Path) -> Checkpoint:
             raise ConfigError(f"--resume: {path} has no checkpoint")
         folder = folders[-1]
         named = path / "checkpoints" / "latest"
-        if named.exists() and (path / "checkpoints" / named.read_text().strip()) in folders:
-            folder = path / "checkpoints" / named.read_text().strip()
+        if named.is_file():
+            latest = path / "checkpoints" / named.read_text(errors="replace").strip()
+            folder = latest if latest in folders else folder
     flaw, checkpoint = _verify(folder)
     if checkpoint is not None:
         return checkpoint
@@ -127,21 +134,25 @@ def _verify(folder: Path) -> tuple[str, Checkpoint | None]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if manifest.get("format") != _FORMAT:
-            return f"is of another format ({manifest.get('format')!r}, not {_FORMAT!r})", None
+            return f"is of another format ({quoted(manifest.get('format'))}, not {_FORMAT!r})", None
+        step, world_size = manifest["step"], manifest["world_size"]
+        if any(type(number) is not int or number < 0 for number in (step, world_size)):
+            return f"is damaged: step {quoted(step)} of {quoted(world_size)} ranks", None
+        files = set(manifest["files"])
+        # Counted first: a damaged manifest may announce any number of ranks.
+        if len(files) != 1 + world_size or files != {_SHARED, *map(_rank_file, range(world_size))}:
+            return "is incomplete: its manifest does not list a file per rank", None
         for name, facts in manifest["files"].items():
-            file = folder / Path(name).name
+            file = folder / name
             if file.stat().st_size != facts["bytes"]:
-                return f"is truncated: {name} has {file.stat().st_size} bytes of {facts['bytes']}", None
+                return f"is truncated: {name} has {file.stat().st_size} bytes of {quoted(facts['bytes'])}", None
             with file.open("rb") as opened:
                 if hashlib.file_digest(opened, "sha256").hexdigest() != facts["sha256"]:
                     return f"is damaged: {name} does not have the hash it was written with", None
-        expected = {_SHARED, *(_rank_file(rank) for rank in range(manifest["world_size"]))}
-        if set(manifest["files"]) != expected:
-            return "is incomplete: its manifest does not list a file per rank", None
-        return "", Checkpoint(folder, int(manifest["step"]), int(manifest["world_size"]))
+        return "", Checkpoint(folder, step, world_size)
     except FileNotFoundError as problem:
         return f"is incomplete: {Path(problem.filename).name} is missing", None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         return f"is not a checkpoint of this program ({' '.join(str(problem).split())})", None
 
 
@@ -151,7 +162,7 @@ def _together(action: Callable[[], None], comm: Communicator, checkpoints: Path)
     try:
         action()
     except OSError as problem:
-        error = f"rank {comm.rank} cannot write a checkpoint into {checkpoints}: {problem}"
+        error = f"rank {comm.rank} cannot write a checkpoint into {checkpoints}: {problem.strerror or problem}"
     errors = [each for each in all_gather_object(comm, error) if each is not None]
     if errors:
         raise CheckpointError(errors[0])

@@ -1,13 +1,17 @@
 """What can be wrong with a run once its ranks, its data and its model are known, told in one line each."""
 
-from typing import Any
+import hashlib
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import Sampler
-from allreduce_sgd.data.split import Dataset
+from allreduce_sgd.data.split import Dataset, Samples, Split
 from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.optim.build import build_optimizer
@@ -20,13 +24,96 @@ from allreduce_sgd.topology import Topology
 
 __all__ = [
     "check_fit",
+    "check_same_code",
     "check_same_configuration",
+    "check_same_data",
     "check_shares",
     "check_strategy",
+    "check_virtual_ranks",
     "count_workers",
     "global_batch_size",
     "period_of",
 ]
+
+
+# Enough to tell two files apart, and few enough to cost nothing.
+_SAMPLES_COMPARED = 1000
+_SUMS_COMPARED = 20
+# Numbers of samples, what must be equal, and sums that must be nearly so.
+_Data = tuple[list[int], list[str], list[float]]
+
+
+def check_same_code(topology: Topology) -> None:
+    """Refuse to train where ranks run other sources of this package, or another torch. All ranks must call."""
+    hashed = hashlib.sha256()
+    package = Path(__file__).parent
+    for file in sorted(package.rglob("*.py")):
+        hashed.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
+    # Builds of one version for different processors may train together.
+    version = torch.__version__.partition("+")[0]
+    code = f"torch {version} and allreduce_sgd of {package} (hash {hashed.hexdigest()[:12]})"
+    _refuse_different(topology, (version, hashed.hexdigest()), "code", code)
+
+
+def check_same_data(topology: Topology, dataset: Dataset) -> None:
+    """Refuse to train where ranks have loaded other samples. All ranks must call.
+
+    Compared are the numbers of samples and, where these are in memory, shapes, types and up to 1000 of each split,
+    evenly spread; a map-style data set may well make each sample anew. Floating numbers may differ a little, since
+    processors round differently where data are standardized.
+    """
+    parts = {"training": dataset.train, "test": dataset.test}
+    digests = [_digest(split) for split in parts.values()]
+    told = [f"{len(parts[part]):,} {part} samples{digest.told}" for part, digest in zip(parts, digests, strict=True)]
+    sizes = [len(split) for split in parts.values()]
+    value = (sizes, [digest.exact for digest in digests], [each for digest in digests for each in digest.sums])
+    _refuse_different(topology, value, f"--dataset {dataset.name}", " and ".join(told), _alike)
+
+
+class _Digest(NamedTuple):
+    """Of some samples: what must be equal, sums that must be nearly so, and a name for them all."""
+
+    exact: str
+    sums: list[float]
+    told: str
+
+
+def _digest(split: Samples) -> _Digest:
+    if not isinstance(split, Split):
+        return _Digest("", [], "")
+    chosen = torch.linspace(0, len(split) - 1, min(len(split), _SAMPLES_COMPARED)).long()
+    exact, everything = hashlib.sha256(), hashlib.sha256()
+    sums: list[float] = []
+    for values in split.batch(chosen):
+        exact.update(f"{values.dtype} {tuple(values.shape)}".encode())
+        flat = values.contiguous().view(-1)
+        data = flat.view(torch.uint8).numpy().tobytes()
+        everything.update(data)
+        if values.is_floating_point():
+            # Weighted, so that their order counts.
+            weighted = flat.double() * torch.arange(len(flat)).cos()
+            sums += [float(part.sum()) for part in weighted.tensor_split(_SUMS_COMPARED)]
+            sums.append(float(flat.double().abs().sum()))
+        else:
+            exact.update(data)
+    return _Digest(exact.hexdigest(), sums, f" (hash {everything.hexdigest()[:12]})")
+
+
+def _alike(ours: _Data, theirs: _Data) -> bool:
+    same = ours[:2] == theirs[:2] and len(ours[2]) == len(theirs[2])
+    largest = max(map(abs, ours[2]), default=0.0)
+    return same and all(abs(one - other) <= 1e-6 * largest for one, other in zip(ours[2], theirs[2], strict=True))
+
+
+def _refuse_different(
+    topology: Topology, value: Any, what: str, description: str, alike: Callable[[Any, Any], bool] = operator.eq
+) -> None:
+    views = topology.gather_all((value, f"rank {topology.rank} on {topology.host} has {description}"))
+    for theirs, told in views:
+        if not alike(views[0][0], theirs):
+            error = ConfigError(f"{what}: {views[0][1]}, but {told}")
+            error.rank = 0
+            raise error
 
 
 def check_same_configuration(topology: Topology, config: Config) -> None:
@@ -46,7 +133,31 @@ def count_workers(config: Config, ranks: int) -> int:
     workers = ranks - server_count(options, ranks) if options.served else ranks
     if options.slow_rank is not None and options.slow_rank[0] >= workers:
         raise ConfigError(f"--straggler {options.straggler}: the ranks that train are 0 to {workers - 1}")
+    check_virtual_ranks(config, workers)
     return workers
+
+
+def check_virtual_ranks(config: Config, ranks: int) -> None:
+    """Raise ConfigError where --virtual-ranks does not fit the ranks or another flag."""
+    virtual, gradients = config.strategy.virtual_ranks, config.gradients
+    if virtual is None:
+        return
+    given = f"--virtual-ranks {virtual}"
+    if virtual % ranks:
+        raise ConfigError(f"{given}: {counted(ranks, 'rank')} cannot share them out; choose a multiple of {ranks}")
+    unsuited = {
+        "shard-optimizer": (bool(gradients.shard_optimizer), "every rank takes the optimizer's whole step"),
+        "compression": (config.compression.compression != "none", "sums of compressed gradients depend on the ranks"),
+        "accumulate": (config.training.accumulate > 1, "virtual ranks of a rank follow one another; take more of them"),
+        "noise-scale": (config.strategy.noise_scale is not None, "it compares the gradients of the ranks started"),
+        "resync-every": (config.strategy.resync_every is not None, "ranks have the same bits anyway"),
+        "sync-batch-norm": (gradients.sync_batch_norm, "batches are normalised within a virtual rank"),
+        "buffers": (gradients.buffers != "leave", "buffers are averaged over virtual ranks in every step"),
+        "static-graph": (gradients.static_graph, "gradients are exchanged after back-propagation anyway"),
+    }
+    for flag, (clashes, why) in unsuited.items():
+        if clashes:
+            raise ConfigError(f"--{flag}: it cannot be combined with {given}: {why}")
 
 
 def check_fit(model: nn.Module, loss: Loss, dataset: Dataset, device: torch.device) -> None:
@@ -65,7 +176,7 @@ def check_fit(model: nn.Module, loss: Loss, dataset: Dataset, device: torch.devi
 
 def global_batch_size(config: Config, workers: int, dataset: Dataset, saved: dict[str, Any]) -> int:
     """Return the samples of a step's gradients, of all ranks that train."""
-    samples, options = len(dataset.train), config.training
+    samples, options, virtual = len(dataset.train), config.training, config.strategy.virtual_ranks
     if workers > samples:
         raise ConfigError(f"--dataset {dataset.name}: {workers} ranks share {samples} training samples; start fewer")
     if saved:
@@ -76,12 +187,15 @@ def global_batch_size(config: Config, workers: int, dataset: Dataset, saved: dic
         flag, size = f"--global-batch-size {options.global_batch_size}", options.global_batch_size
     else:
         per_rank = options.batch_size or 32
-        flag, size = f"--batch-size {per_rank}", per_rank * workers * options.accumulate
+        flag, size = f"--batch-size {per_rank}", per_rank * (virtual or workers) * options.accumulate
     if size > samples:
+        ranks = f"{workers} ranks" if virtual is None else f"{virtual} virtual ranks"
         raise ConfigError(
-            f"{flag}: the mini-batch of {workers} ranks has {size} samples, more than the {samples} training "
-            f"samples of {dataset.name}"
+            f"{flag}: the mini-batch of {ranks} has {size} samples, more than the {samples} training samples of "
+            f"{dataset.name}"
         )
+    if virtual is not None and virtual > size:
+        raise ConfigError(f"--virtual-ranks {virtual}: a mini-batch has only {size} samples; choose at most {size}")
     return size
 
 

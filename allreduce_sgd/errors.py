@@ -1,5 +1,8 @@
 """The exceptions of the package, so that callers can tell a user's mistake from a failure of the network."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 __all__ = [
     "CheckpointError",
     "CommunicationError",
@@ -8,8 +11,13 @@ __all__ = [
     "MemoryNotSharedError",
     "MismatchError",
     "NonFiniteError",
+    "OutputError",
     "counted",
+    "located",
+    "quoted",
 ]
+
+_LONGEST_QUOTED = 200
 
 
 class ConfigError(Exception):
@@ -42,10 +50,34 @@ class NonFiniteError(RuntimeError):
     """A gradient holds NaN or Inf; the text names the parameters and the ranks. Raised on all ranks together."""
 
 
-class CheckpointError(RuntimeError):
+class OutputError(RuntimeError):
+    """A file of a run could not be written: a full disk, a read-only folder. The text names the file and the reason."""
+
+
+class CheckpointError(OutputError):
     """A checkpoint could not be written on some rank; the text names the rank, the folder and the reason."""
 
 
 def counted(number: int, one: str, many: str | None = None) -> str:
     """Return "1 rank", "3 ranks": for texts that name a number of things. `many` None: `one` with an s."""
     return f"{number} {one if number == 1 else many or one + 's'}"
+
+
+def quoted(value: object) -> str:
+    """Return `value` as Python writes it, shortened if it is long: for texts of one line about what others wrote."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python does not write out integers of thousands of digits.
+        text = f"a very large {type(value).__name__}"
+    return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
+
+
+@contextmanager
+def located(where: str) -> Iterator[None]:
+    """Have the text of a CommunicationError or NonFiniteError that is raised within begin with `where`: "step 7"."""
+    try:
+        yield
+    except (CommunicationError, NonFiniteError) as problem:
+        problem.args = (f"{where}: {problem}",)
+        raise

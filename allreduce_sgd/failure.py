@@ -3,16 +3,18 @@
 Under plain Python an exception on one rank leaves the others waiting for it. The hooks installed here print which rank
 failed on which host, with the traceback, and abort the job. Several ranks often fail together, of one cause: rank 0
 speaks at once, the others a moment later, and those that merely noticed a silent peer (CommunicationError) last; the
-first to speak ends the job, so the rest stay silent.
+first to speak ends the job, so the rest stay silent. That a file could not be written (OutputError) takes one line.
 """
 
+import contextlib
+import signal
 import sys
 import threading
 import time
 import traceback
 from types import TracebackType
 
-from allreduce_sgd.errors import CommunicationError, ConfigError
+from allreduce_sgd.errors import CommunicationError, ConfigError, OutputError
 from allreduce_sgd.topology import Topology
 
 __all__ = ["INTERRUPTED", "install_excepthooks"]
@@ -35,23 +37,20 @@ def install_excepthooks(topology: Topology) -> None:
     reporting = threading.Lock()
 
     def report(error: BaseException, trace: TracebackType | None, thread: str | None) -> None:
+        with contextlib.suppress(ValueError):  # not the main thread
+            # A second Ctrl-C would end this rank alone, before it has ended the others.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         time.sleep(_delay_seconds(error, topology))
         # A second failing thread waits here for ever: the first one ends the process.
         reporting.acquire()
-        where = topology.describe() + (f", thread {thread}" if thread else "")
-        status = 1
-        if isinstance(error, KeyboardInterrupt):
-            _say(f"{where}: interrupted")
-            status = INTERRUPTED
-        elif isinstance(error, ConfigError):
-            _say(f"{where}: {error}")
-            status = 2
-        else:
-            _say(f"{where}: {type(error).__name__}: {error}")
-            _say("".join(traceback.format_exception(type(error), error, trace)).rstrip())
-        # Launchers drop what a rank wrote last if it aborts before they have read it.
-        time.sleep(_FORWARDING_SECONDS)
-        topology.abort(status)
+        status = INTERRUPTED if isinstance(error, KeyboardInterrupt) else 2 if isinstance(error, ConfigError) else 1
+        try:
+            _tell(topology.describe() + (f", thread {thread}" if thread else ""), error, trace)
+            # Launchers drop what a rank wrote last if it aborts before they have read it.
+            time.sleep(_FORWARDING_SECONDS)
+        finally:
+            # Also where there is no memory left to tell, or nobody to read it.
+            topology.abort(status)
 
     def in_main(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         report(error, trace, None)
@@ -62,6 +61,17 @@ def install_excepthooks(topology: Topology) -> None:
 
     sys.excepthook = in_main
     threading.excepthook = in_thread
+
+
+def _tell(where: str, error: BaseException, trace: TracebackType | None) -> None:
+    match error:
+        case KeyboardInterrupt():
+            _say(f"{where}: interrupted")
+        case ConfigError() | OutputError():
+            _say(f"{where}: {error}")
+        case _:
+            _say(f"{where}: {type(error).__name__}: {error}")
+            _say("".join(traceback.format_exception(type(error), error, trace)).rstrip())
 
 
 def _delay_seconds(error: BaseException, topology: Topology) -> float:

@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from allreduce_sgd.deadline import deadline
 from allreduce_sgd.errors import CommunicationTimeout, ConfigError
+from allreduce_sgd.interfaces import leave_out_wrong_choice
 
 if TYPE_CHECKING:
     import torch
@@ -79,9 +81,10 @@ class Topology:
             result = function()
         except ConfigError as problem:
             error = str(problem)
-        for rank, text in enumerate(self.gather_all(error, timeout_seconds)):
+        for rank, (text, host) in enumerate(self.gather_all((error, self.host), timeout_seconds)):
             if text is not None:
-                agreed = ConfigError(text)
+                # Where the first rank is well, what is wrong may be this host's alone.
+                agreed = ConfigError(text if rank == 0 else f"{text} (rank {rank} on {host})")
                 agreed.rank = rank
                 raise agreed
         return result  # type: ignore[return-value]  # no error here, so function returned a T
@@ -185,16 +188,26 @@ def discover(
 ) -> Topology:
     """Find this process's place. All ranks must call, once, before any communicator is made.
 
-    Initialises MPI where a launcher is at work or `need_mpi` asks for it. Raises ConfigError where MPI is needed and
-    cannot be loaded, or where the launcher started several ranks and MPI sees one.
+    Initialises MPI where a launcher is at work or `need_mpi` asks for it; where not all ranks come to that in time,
+    this process ends. Raises ConfigError where MPI is needed and cannot be loaded, where the launcher started
+    several ranks and MPI sees one, or where the environment chooses a network interface for MPI that cannot serve.
     """
-    host = socket.gethostname()
-    cores = len(os.sched_getaffinity(0))
     announced = announced_size(environment)
     if announced is None and not need_mpi:
-        return Topology(cores=cores, host=host, timeout_seconds=timeout_seconds)
+        cores = len(os.sched_getaffinity(0))
+        return Topology(cores=cores, host=socket.gethostname(), timeout_seconds=timeout_seconds)
+    who = f"rank {launcher_rank(environment)} on {socket.gethostname()}"
+    with deadline(timeout_seconds, who, "the start of MPI"):
+        return _meet(announced, need_mpi, timeout_seconds)
+
+
+def _meet(announced: tuple[str, int] | None, need_mpi: bool, timeout_seconds: float) -> Topology:
+    """Start MPI, and find this process's place among the ranks."""
+    host = socket.gethostname()
+    cores = len(os.sched_getaffinity(0))
     # UCX, below MPICH, otherwise often sends large messages over TCP one way after the other, at half the rate.
     os.environ.setdefault("UCX_TCP_PUT_ENABLE", "n")
+    wrong_interface = leave_out_wrong_choice(os.environ, announced[0] if announced else "none")
     try:
         with warnings.catch_warnings():
             # mpi4py too suspects a wrong launcher; what we say about it below is one line, and tells what to do.
@@ -238,7 +251,13 @@ def discover(
         timeout_seconds=timeout_seconds,
     )
     node_comm.Free()
+    topology.agree(lambda: _refuse(wrong_interface))
     return topology
+
+
+def _refuse(mistake: str | None) -> None:
+    if mistake is not None:
+        raise ConfigError(mistake)
 
 
 def _unlink_shared_memory(node_comm: Any) -> None:

@@ -9,16 +9,16 @@ import dataclasses
 import os
 import signal
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
-from allreduce_sgd.config import Config
-from allreduce_sgd.errors import ConfigError, counted
+from allreduce_sgd.config import Config, RunOptions
+from allreduce_sgd.errors import ConfigError, OutputError, counted
 from allreduce_sgd.failure import install_excepthooks
-from allreduce_sgd.resume import differences, find_checkpoint, resumed_config, saved_choice
+from allreduce_sgd.preemption import Preemption
+from allreduce_sgd.resume import differences, find_checkpoint, fitting, resumed_config, saved_choice
 from allreduce_sgd.run_folder import claim
 from allreduce_sgd.topology import Topology, discover, launcher_rank
 
@@ -42,11 +42,17 @@ _DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 
 def run() -> int:
     """Run the command line and return the exit status: the entry point of `allreduce-sgd`."""
-    return main(sys.argv[1:])
+    status = main(sys.argv[1:])
+    if status == PREEMPTED:
+        # Said again until the process has ended, a signal would make another status of it.
+        for number in (signal.SIGUSR1, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    return status
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say, and return the exit status: 0 done, 2 bad arguments, 75 stopped by SIGUSR1.
+    """Train as the arguments say, and return the exit status: 0 done, 2 bad arguments, 75 stopped by a
+    signal after a checkpoint.
 
     All ranks must call with the same arguments. Failures of other kinds raise; under a launcher they end all ranks.
     """
@@ -69,26 +75,24 @@ def main(arguments: Sequence[str]) -> int:
             _complain(mistake or problem)
         return 2
     install_excepthooks(topology)
-    # From the start, so that a warning that comes while data load is not lost (nor ends this rank alone).
-    stop = _stop_request()
+    run_options = RunOptions() if config is None else config.run
     try:
-        config = topology.agree(lambda: _parsed(config, mistake))
-        finished = _train(topology, config, explicit, stop)
+        # From the start, so that a warning that comes while data load is not lost (nor ends this rank alone).
+        with Preemption(topology, run_options.grace_seconds) as preemption:
+            config = topology.agree(lambda: _parsed(config, mistake))
+            finished = _train(topology, config, explicit, preemption)
     except ConfigError as problem:
         if problem.rank is None and topology.size > 1:
             raise
         if problem.rank in (None, topology.rank):
             _complain(problem)
         return 2
+    except OutputError as problem:
+        if topology.size > 1:
+            raise
+        _complain(problem)
+        return 1
     return 0 if finished else PREEMPTED
-
-
-def _stop_request() -> Callable[[], bool]:
-    """Have SIGUSR1 ask for a stop, and return the function that says whether it did."""
-    asked = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGUSR1, lambda number, frame: asked.set())
-    return asked.is_set
 
 
 def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
@@ -97,17 +101,19 @@ def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
     return config
 
 
-def _complain(problem: ConfigError) -> None:
+def _complain(problem: Exception) -> None:
     print(f"allreduce-sgd: error: {problem}", file=sys.stderr, flush=True)
 
 
-def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: Callable[[], bool]) -> bool:
+def _train(topology: Topology, config: Config, explicit: frozenset[str], preemption: Preemption) -> bool:
     """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
     import torch
 
     from allreduce_sgd.checks import (
         check_fit,
+        check_same_code,
         check_same_configuration,
+        check_same_data,
         check_shares,
         check_strategy,
         count_workers,
@@ -128,6 +134,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     from allreduce_sgd.strategies.server.roles import divide
     from allreduce_sgd.trainer import Trainer
 
+    check_same_code(topology)
     check_same_configuration(topology, config)
     checkpoint = topology.agree(lambda: find_checkpoint(config))
     saved = {} if checkpoint is None else topology.agree(checkpoint.shared)
@@ -141,6 +148,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         torch.cuda.set_device(device)
     _download(topology, config)
     dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
+    check_same_data(topology, dataset)
     batch = topology.agree(lambda: global_batch_size(config, workers, dataset, saved))
     predicted = int(saved["predicted"]) if saved else config.strategy.predicted(workers, batch)
     sampler = build_sampler(config.data.sampling, len(dataset.train), batch + predicted, config.training.seed)
@@ -173,6 +181,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
     if communication.backend == "auto" and config.strategy.needs_messages and size > 1:
         communication = dataclasses.replace(communication, backend="mpi")
     comm = topology.agree(lambda: connect(topology, device, communication, table))
+    preemption.share(comm)
     role: Role | None = None
     try:
         if config.strategy.served:
@@ -200,8 +209,12 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
         own = None
         if checkpoint is not None and (checkpoint.world_size, saved["servers"]) == (size, size - workers):
             own = topology.agree(lambda: checkpoint.of_rank(topology.rank))
+        elif checkpoint is not None and config.strategy.virtual_ranks is not None:
+            # Ranks have nothing of their own.
+            own = topology.agree(lambda: checkpoint.of_rank(0))
         if server is not None:
             _serve(server, own, folder, config, comm)
+            preemption.settle()
             return topology.broadcast(False)
         assert strategy is not None
         with log or contextlib.nullcontext():
@@ -219,14 +232,16 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], stop: C
                 predicted,
                 folder,
                 log,
-                stop,
+                preemption.asked,
             )
             if checkpoint is not None:
-                trainer.load_state_dict(saved, own)
+                with fitting(checkpoint):
+                    trainer.load_state_dict(saved, own)
                 told = differences(saved, config, comm)
                 _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{told}")
             _announce(topology, config, trainer, torch.get_num_threads(), folder)
             summary = trainer.fit()
+            preemption.settle()
             if summary is None:
                 _say(topology, f"stopped at step {trainer.step}; go on with --resume {folder}")
             elif topology.rank == 0:

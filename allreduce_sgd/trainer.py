@@ -19,13 +19,14 @@ from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import Sampler, share
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.display import Display
-from allreduce_sgd.errors import NonFiniteError
+from allreduce_sgd.errors import located
 from allreduce_sgd.feed import Feed
 from allreduce_sgd.gradients.check_sync import SyncCheck
 from allreduce_sgd.metrics import MetricsLog, Totals
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.random_state import random_state, restore_random_state
 from allreduce_sgd.report import Evaluation, Position, Report
+from allreduce_sgd.stopping import StopPoint, stop_point
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.strategies.base import Share, Strategy
 from allreduce_sgd.strategies.pace import Pace, Ticket
@@ -39,7 +40,7 @@ class Trainer:
 
     `folder` is where checkpoints go, None for none; `log` is rank 0's, None on other ranks or for no log;
     `total_steps` is the end, in optimizer steps, `predicted` how many samples of a step are only predicted. Where
-    `stop_asked` says yes on any rank at a logged step, all ranks write a checkpoint and stop.
+    `stop_asked` says yes on any rank, all ranks soon end at one step, write a checkpoint and stop (`stopping.py`).
     """
 
     def __init__(
@@ -73,7 +74,10 @@ class Trainer:
         self.samples = 0
         self.reached_target = False
         self.preempted = False
+        self._logged_step = self._saved_step = -1
         self.evaluation: Evaluation | None = None
+        virtual = config.strategy.virtual_ranks
+        self._virtual_ranks = 1 if virtual is None else virtual // comm.size
         everyone = strategy.everyone
         self._watch = Stopwatch(comm, device, [] if everyone is comm else [everyone])
         training = config.training
@@ -100,16 +104,17 @@ class Trainer:
             self._trace = StepTrace(
                 Path(self.config.run.trace), traced, self.strategy.model, self.strategy.optimizer, self.comm
             )
+        stop = stop_point(self.comm, self.stop_asked, self.step)
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
             while self.step < self.total_steps and not self.reached_target:
                 with self._watch.training():
                     if self.strategy.pace is None:
-                        self._train_until_due(display)
+                        self._train_until_due(stop, display)
                     else:
                         self._train_at_own_pace(self.strategy.pace, display)
                 if self._evaluation_due():
                     self._evaluate(display)
-                if self._checkpoint_due():
+                if self._checkpoint_due() and self._saved_step != self.step:
                     self._save()
                 if self.preempted and self.step < self.total_steps and not self.reached_target:
                     # The model is of no use any more, but ranks that serve must be told.
@@ -174,9 +179,14 @@ class Trainer:
             self.strategy.load_state_dict(own["strategy"])
             restore_random_state(own["random"], self.device)
 
-    def _train_until_due(self, display: Display) -> None:
+    def _train_until_due(self, stop: StopPoint, display: Display) -> None:
         """Take steps until something other than training is to be done."""
         while True:
+            if stop.reached(self.step):
+                self.preempted = True
+                if self._logged_step != self.step:
+                    self._log_training(display, epoch_ended=False)
+                return
             self._train_one_step()
             display.step(1)
             epoch_ended = self.step % self.sampler.steps_per_epoch == 0
@@ -199,15 +209,13 @@ class Trainer:
 
     def _take_step(self, step: int, share: Share) -> None:
         traffic = self.strategy.everyone.traffic
-        try:
-            with (
-                nullcontext() if self._trace is None else self._trace.around(step + 1),
-                nullcontext() if self._slowed == 1 else self._slowly(),
-                traffic.attributed(self.strategy.signal),
-            ):
-                self.strategy.step(share)
-        except NonFiniteError as problem:
-            raise NonFiniteError(f"step {step + 1}: {problem}") from None
+        with (
+            located(f"step {step + 1}"),
+            nullcontext() if self._trace is None else self._trace.around(step + 1),
+            nullcontext() if self._slowed == 1 else self._slowly(),
+            traffic.attributed(self.strategy.signal),
+        ):
+            self.strategy.step(share)
 
     @contextmanager
     def _slowly(self) -> Iterator[None]:
@@ -222,6 +230,11 @@ class Trainer:
         rank, size = self.comm.rank, self.comm.size
         count = self.sampler.global_count(position)
         learnt = min(count, self.global_batch_size)
+        if self.config.strategy.virtual_ranks is not None:
+            indices, each = self.sampler.indices(epoch, position, 0, 1), self._virtual_ranks
+            own = [share(count, virtual, size * each) for virtual in range(rank * each, (rank + 1) * each)]
+            shards = [self._feed.share(indices[part], count) for part in own]
+            return Share([], sum(shard.samples for shard in shards), count, shards=shards)
         if learnt == count:
             return self._feed.share(self.sampler.indices(epoch, position, rank, size), count)
         indices = self.sampler.indices(epoch, position, 0, 1)
@@ -268,7 +281,7 @@ class Trainer:
         if stood % in_epoch == 0 or self._train_loss is None or stood < in_epoch:
             self._train_loss = self._epoch_totals.mean_loss
         with self.comm.traffic.attributed("logging"):
-            _, _, sums = self._feed.tally.reduce(self.comm, measures=self.strategy.measures())
+            _, sums = self._feed.tally.reduce(self.comm, self.strategy.measures())
         self._report.training(self._position, totals - logged, sums, display)
 
     def _take_ticket(self, pace: Pace) -> Ticket | None:
@@ -290,10 +303,9 @@ class Trainer:
             group["lr"] = base * factor(step)
 
     def _log_training(self, display: Display, epoch_ended: bool) -> None:
-        with self.comm.traffic.attributed("logging"):
-            totals, self.preempted, sums = self._feed.tally.reduce(
-                self.comm, self.stop_asked(), self.strategy.measures()
-            )
+        with self.comm.traffic.attributed("logging"), located(f"log of step {self.step}"):
+            totals, sums = self._feed.tally.reduce(self.comm, self.strategy.measures())
+        self._logged_step = self.step
         self._epoch_totals += totals
         if epoch_ended or self._train_loss is None or self.step < self.sampler.steps_per_epoch:
             self._train_loss = self._epoch_totals.mean_loss
@@ -301,10 +313,14 @@ class Trainer:
 
     def _evaluate(self, display: Display | None) -> None:
         """Evaluate the consensus model on the test set. All ranks must call; all get the same figures."""
-        with self.strategy.everyone.traffic.attributed("evaluation"), self.comm.traffic.attributed("evaluation"):
+        with (
+            located(f"evaluation after step {self.step}"),
+            self.strategy.everyone.traffic.attributed("evaluation"),
+            self.comm.traffic.attributed("evaluation"),
+        ):
             with self.strategy.consensus():
-                tally = self._feed.evaluate(self.strategy.model, self.comm.rank, self.comm.size)
-            totals, _, _ = tally.reduce(self.comm)
+                tally = self._feed.evaluate(self.strategy.model, self.comm.rank, self.comm.size, self._virtual_ranks)
+            totals, _ = tally.reduce(self.comm)
         test_loss = float("nan") if totals.mean_loss is None else totals.mean_loss
         self.evaluation = Evaluation(self.step, test_loss, totals.accuracy)
         self.reached_target |= self._reaches_target(self.evaluation)
@@ -320,6 +336,8 @@ class Trainer:
         return accurate or (loss is not None and evaluation.test_loss <= loss)
 
     def _evaluation_due(self) -> bool:
+        if self.evaluation is not None and self.evaluation.step == self.step:
+            return False
         every = self.config.training.evaluate_every or self.sampler.steps_per_epoch
         return self.step == self.total_steps or self.step % every == 0
 
@@ -331,7 +349,12 @@ class Trainer:
     def _save(self) -> None:
         if self.folder is not None:
             everyone = self.strategy.everyone
-            with everyone.traffic.attributed("checkpoints"), self.comm.traffic.attributed("checkpoints"):
+            with (
+                located(f"checkpoint of step {self.step}"),
+                everyone.traffic.attributed("checkpoints"),
+                self.comm.traffic.attributed("checkpoints"),
+            ):
                 shared, own = self.state_dict()
                 self.strategy.before_checkpoint(self.step)
                 checkpoint.save(self.folder, self.step, shared, own, self.config.run.keep_checkpoints, everyone)
+        self._saved_step = self.step

@@ -7,6 +7,8 @@
 
 settings=() # NAME=value, for --dry-run to print what set_default exported
 options=()  # of mpirun
+command=()  # what starts the ranks
+restarted=  # whether ranks are started once more, after a failure
 
 die() {
     echo "${0##*/}: $*" >&2
@@ -61,6 +63,13 @@ mpi_kind() { # TEXT of a version banner: prints openmpi, mpich or other
         *MPICH* | *HYDRA*) echo mpich ;;
         *) echo other ;;
     esac
+}
+
+check_interface() { # INTERFACE HOSTS: refuses one that this machine has not, and the loopback for more than one host
+    local names
+    names=$("$python" -c 'import socket; print(*(name for _, name in socket.if_nameindex()))')
+    [[ " $names " == *" $1 "* ]] || die "--interface: this machine has no network interface '$1', only: $names"
+    [[ $1 != lo ]] || (($2 == 1)) || die "--interface lo: the loopback does not reach other hosts; there are: $names"
 }
 
 use_interface() { # KIND (local: messages of MPI stay on this machine) INTERFACE
@@ -125,4 +134,81 @@ execute() { # DRY_RUN(0|1) COMMAND...: becomes the command, so that signals and 
         exit 0
     fi
     exec "$@"
+}
+
+# For a shell that has to stay: mpirun and srun pass on to the ranks what they get.
+run_and_forward_signals() { # COMMAND...: returns its status; sets stopped where SIGTERM or SIGINT came
+    # In the background a command would get no input and, where the shell is no interactive one, no Ctrl-C.
+    "$@" <&0 &
+    local child=$! status
+    stopped=
+    # shellcheck disable=SC2064 # the child is known now
+    trap "kill -USR1 $child 2>/dev/null" USR1
+    # shellcheck disable=SC2064
+    trap "stopped=1; kill -TERM $child 2>/dev/null" TERM INT
+    while true; do
+        status=0
+        wait "$child" || status=$?
+        # A trapped signal ends `wait` early, with the child still running.
+        kill -0 "$child" 2>/dev/null || break
+    done
+    trap - USR1 TERM INT
+    return "$status"
+}
+
+parse_on_failure() { # VALUE of --on-failure: sets restarts
+    [[ $1 =~ ^restart=([1-9][0-9]{0,5})$ ]] || die "--on-failure wants restart=K with K of at least 1, got '$1'"
+    restarts=${BASH_REMATCH[1]}
+}
+
+find_run_folder() { # ARGUMENTS of the program...: sets run_folder, and resumed to the arguments that go on in it
+    local output='' resume=''
+    resumed=()
+    while (($#)); do
+        case $1 in
+            --output | --resume | --config)
+                (($# > 1)) || die "$1 wants a value"
+                [[ $1 != --output ]] || output=$2
+                [[ $1 != --resume ]] || resume=$2
+                shift
+                ;;
+            --output=*) output=${1#*=} ;;
+            --resume=*) resume=${1#*=} ;;
+            --config=*) ;; # A resumed run has its own configuration.
+            *) resumed+=("$1") ;;
+        esac
+        shift
+    done
+    resume=${resume%/}
+    [[ $resume != */checkpoints/* ]] || resume=${resume%/checkpoints/*}
+    run_folder=${output:-$resume}
+    [[ -n $run_folder ]] || die "--on-failure restart=K needs --output FOLDER among the program's arguments"
+    resumed+=(--resume "$run_folder")
+}
+
+# Not after 0 (done), 2 (bad input), 75 (pre-empted after a checkpoint), 130 (Ctrl-C), or a signal to this script.
+execute_with_restarts() { # RESTARTS ARGUMENTS...: of the program, for which make_command sets command
+    local left=$1 status checkpoint say
+    shift
+    find_run_folder "$@"
+    while :; do
+        make_command "$@"
+        status=0
+        run_and_forward_signals "${command[@]}" || status=$?
+        [[ -z $stopped ]] || exit "$((status ? status : 130))"
+        case $status in 0 | 2 | 75 | 130) exit "$status" ;; esac
+        say="${0##*/}: ended with status $status"
+        if ((left == 0)); then
+            echo "$say; no restart is left" >&2
+            exit "$status"
+        fi
+        if ! checkpoint=$(cat "$run_folder/checkpoints/latest" 2>/dev/null); then
+            echo "$say; $run_folder has no checkpoint to restart from" >&2
+            exit "$status"
+        fi
+        left=$((left - 1))
+        echo "$say; restarting from $run_folder/checkpoints/$checkpoint (restarts left: $left)" >&2
+        set -- "${resumed[@]}"
+        restarted=1
+    done
 }

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from allreduce_sgd.train import main
-from tests.launching import mpirun, python
+from tests.warm_start import mpirun, python
 
 TRAIN = ["-m", "allreduce_sgd.train"]
 

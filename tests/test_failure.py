@@ -7,12 +7,13 @@ import psutil
 import pytest
 
 from tests.launching import mpirun
+from tests.test_shared_memory_kill import abandoned_in_shm
 
 TRAIN = ["-m", "allreduce_sgd.train", "--batch-size", "8"]
 
 
 def run_failing(model: str, folder: Path, *flags: str, ranks: int = 3) -> tuple[int, str, float]:
-    before = set(Path("/dev/shm").iterdir())
+    before = abandoned_in_shm()
     failure_time = folder / "failure_time"
     done = mpirun(
         ranks,
@@ -28,7 +29,7 @@ def run_failing(model: str, folder: Path, *flags: str, ranks: int = 3) -> tuple[
         if f"tests.parts:{model}" in (process.info["cmdline"] or [])
     ]
     assert ours == []
-    left = {path for path in Path("/dev/shm").iterdir() if path not in before}
+    left = abandoned_in_shm() - before
     assert not left, f"left in /dev/shm: {left}"
     return done.status, done.errors, done.seconds
 
@@ -76,7 +77,7 @@ def test_a_silent_rank_ends_the_job_at_the_deadline(tmp_path: Path, backend: str
     assert status not in (0, 2)
     # 650 gradients and a flag per parameter, or, where the optimizer is sharded, chunks of whole cache lines.
     operation = "reduce_scatter of 768" if backend == "mpi" else "all_reduce of 653"
-    assert f"CommunicationTimeout: {operation} float32" in errors
+    assert f"CommunicationTimeout: step 3: bucket 1 of 1: {operation} float32" in errors
     # Over MPI the ranks know of each other what they are in.
     why = "rank 1 has not started it: its last was" if backend == "mpi" else "a rank is stuck, gone or late"
     assert f"not finished after 3 s; {why}" in errors

@@ -19,15 +19,15 @@ PACKAGE = "allreduce_sgd"
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "train", "benchmarks"}),
     frozenset({"trainer", "command_line", "start", "resume", "checks"}),
-    frozenset({"run_folder", "feed", "report"}),
+    frozenset({"run_folder", "feed", "report", "toml_file"}),
     frozenset({"config"}),
-    frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "display", "trace"}),
+    frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "stopping", "preemption", "display", "trace"}),
     frozenset({"gradients", "optim", "chrome_trace"}),
     frozenset({"compression"}),
     frozenset({"comm"}),
     frozenset({"failure"}),
     frozenset({"schedules", "topology"}),
-    frozenset({"durable", "random_state"}),
+    frozenset({"deadline", "durable", "interfaces", "random_state"}),
     frozenset({"errors", "options"}),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.launching import mpirun
+from tests.warm_start import mpirun
 
 JOB = """
 import os, sys

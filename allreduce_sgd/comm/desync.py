@@ -106,6 +106,8 @@ class Watch:
         difference = self._views.difference()
         if difference is not None:
             return difference.text
+        if self._questions == 0 and not self._views.numbers:
+            return "a rank is stuck, gone or late"
         return self._views.missing(self._rank, number if self._waits_in is None else min(number, self._waits_in))
 
     def drain(self) -> Program:

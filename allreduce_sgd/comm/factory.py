@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.comm.single import SingleCommunicator
+from allreduce_sgd.deadline import deadline
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.topology import Topology
 
@@ -69,7 +70,8 @@ def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choi
         oversubscribed=topology.local_size > topology.cores,
         spare_cores=topology.local_size < topology.cores,
     )
-    comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
+    with deadline(options.timeout_seconds, topology.describe(), "the making of the communicator"):
+        comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
     costs = None
     if saved is not None and saved.suits(comm.layout.nodes, comm.layout.memory is not None):
         comm.choice = saved

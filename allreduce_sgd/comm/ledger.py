@@ -177,7 +177,7 @@ class Views:
         return None
 
     def missing(self, own_rank: int, number: int) -> str:
-        """Say which ranks have not come to the collective `number`, and where they are, as far as they have told."""
+        """Say which ranks have come to the collective `number`, which not, and where these are, as far as they told."""
         where = {}
         for rank in range(self._size):
             if rank != own_rank:
@@ -186,11 +186,12 @@ class Views:
         told = [f"rank {rank} {text}" for rank, text in where.items() if text]
         if len(told) > _NAMED:
             told[_NAMED:] = [f"{len(told) - _NAMED} more ranks have not come either"]
-        if silent and self._reports:
+        if silent:
             told.append(f"{_ranks(silent)} {_have(silent)} not answered")
-        if not self._reports:
-            return "a rank is stuck, gone or late"
-        return "; ".join(told) or "all ranks have started it"
+        if not told:
+            return "all ranks have started it"
+        come = sorted([own_rank, *(rank for rank, text in where.items() if text is None)])
+        return f"{'; '.join(told)}; {_ranks(come)} {_have(come)} come to it"
 
     def _where(self, rank: int, number: int) -> str | None:
         """None: it has come; empty: nothing is known."""

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.comm.base import Communicator
+from allreduce_sgd.errors import located
 from allreduce_sgd.gradients.buckets import Bucket, BucketMemory
 from allreduce_sgd.gradients.exchange import Exchange, Flight, Waitable
 from allreduce_sgd.gradients.layout import Layout
@@ -315,8 +316,9 @@ class Reducer:
         if not self._layout.flags_ride:
             self._layout.raise_flags(self._missing, len(self._bad))
             flags = self._comm.all_reduce(self._layout.flags)
-        for bucket, flight in zip(self.buckets, self._flights, strict=True):
-            flight.land()
+        for number, (bucket, flight) in enumerate(zip(self.buckets, self._flights, strict=True), 1):
+            with located(f"bucket {number} of {len(self.buckets)}"):
+                flight.land()
             if self.after_bucket is not None:
                 self.after_bucket(bucket)
         if flags is not None:

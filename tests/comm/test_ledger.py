@@ -132,7 +132,7 @@ def test_what_nobody_remembers_is_said_to_be_long_ago() -> None:
 
 def test_it_is_said_who_is_missing_and_what_they_did_last() -> None:
     known = Views(6)
-    assert known.missing(0, 2) == "a rank is stuck, gone or late"
+    assert known.missing(0, 2) == "ranks 1, 2, 3, 4, 5 have not answered; rank 0 has come to it"
     known.add(1, report(launched(CALL), 2))
     known.add(2, report(launched(CALL), 2, elsewhere="receive from rank 0 (tag 7)"))
     known.add(3, report(launched(CALL, CALL), 2, waits_in=1))
@@ -141,10 +141,10 @@ def test_it_is_said_who_is_missing_and_what_they_did_last() -> None:
     assert known.missing(0, 2) == (
         f"rank 1 has not started it: its last was {name}; "
         f"rank 2 has not started it: its last was {name} (under way there: receive from rank 0 (tag 7)); "
-        f"rank 3 is still in {name}; rank 5 has not answered"
+        f"rank 3 is still in {name}; rank 5 has not answered; ranks 0, 4 have come to it"
     )
     known.add(5, report(Ledger(), 2))
-    assert known.missing(0, 2).endswith("rank 5 has not started it: it has started nothing")
+    assert known.missing(0, 2).endswith("rank 5 has not started it: it has started nothing; ranks 0, 4 have come to it")
 
 
 def test_a_failure_is_told_with_its_rank() -> None:

@@ -306,7 +306,8 @@ def test_a_rank_that_does_not_come_is_named_at_the_deadline(topology: Topology, 
                 all_reduce()(comm)
             name = f"all_reduce of 1000 float32 (no. 2, rank {comm.rank} of {comm.size})"
             told = f"rank {last} has not started it: its last was all_reduce no. 1 of 7 float32 (sum, {algorithm})"
-            assert str(caught.value) == f"{name}: not finished after 1.5 s; {told}"
+            come = f"{group(list(range(last)))} come to it"
+            assert str(caught.value) == f"{name}: not finished after 1.5 s; {told}; {come}"
 
 
 @pytest.mark.parametrize(("algorithm", "spread"), ALGORITHMS[:3])

@@ -1,0 +1,72 @@
+"""Trainings in which something goes wrong, and what they leave behind: no process, no shared memory."""
+
+import contextlib
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+from allreduce_sgd.checkpoint import find
+from tests.launching import Finished, mpirun
+from tests.test_shared_memory_kill import SHM, abandoned_in_shm
+
+__all__ = ["TRAIN", "assert_nothing_left", "ended_after_fault", "newest_step", "processes_of"]
+
+TRAIN = ["-m", "allreduce_sgd.train", "--steps", "12", "--checkpoint-every", "4", "--batch-size", "16"]
+# On a busy machine; a job that waits for its peers' deadline takes 300.
+_SOON_SECONDS = 60.0
+_NAME = "FAULT_TEST"
+
+
+def ended_after_fault(folder: Path, fault: str, *flags: str) -> Finished:
+    """Train on 2 ranks, of which one meets with `fault` (see victims.py), and check that nothing of it is left.
+
+    The run's folder is `folder`/run.
+    """
+    name = str(uuid.uuid4())
+    fault_time = folder / "fault_time"
+    before = abandoned_in_shm() if SHM.is_dir() else None
+    done = mpirun(
+        2,
+        [*TRAIN, "--model", "tests.faults.victims:victim", "--output", str(folder / "run"), *flags],
+        timeout_seconds=200,
+        environment={"TEST_FAULT": fault, "TEST_FAULT_TIME": str(fault_time), _NAME: name},
+    )
+    assert fault_time.exists(), f"{done.output}\n{done.errors}"
+    assert time.time() - float(fault_time.read_text()) < _SOON_SECONDS
+    assert_nothing_left(name, before)
+    return done
+
+
+def assert_nothing_left(name: str, shm_before: set[str] | None) -> None:
+    """Assert that no process of the job called `name` lives, and nothing new lies unused in shared memory (None: not
+    looked at)."""
+    deadline_seconds = time.monotonic() + 15
+    while (left := _left(name, shm_before)) and time.monotonic() < deadline_seconds:
+        # Files of other jobs, which are about to start, lie there unused for a moment.
+        time.sleep(0.2)
+    assert left == []
+
+
+def _left(name: str, shm_before: set[str] | None) -> list[str]:
+    return processes_of(name) or sorted(set() if shm_before is None else abandoned_in_shm() - shm_before)
+
+
+def processes_of(name: str) -> list[str]:
+    """Return the command lines of the living processes of the job called `name`."""
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(_NAME) == name and process.status() != psutil.STATUS_ZOMBIE:
+                left.append(" ".join(process.cmdline()))
+    return left
+
+
+def newest_step(folder: Path) -> int:
+    """Return the step of the newest checkpoint of the run in `folder`, which must be intact."""
+    found = find(folder)
+    assert found.shared()["step"] == found.step
+    for rank in range(found.world_size):
+        assert found.of_rank(rank)
+    return found.step
