@@ -81,7 +81,7 @@ class _Digest(NamedTuple):
 def _digest(split: Samples) -> _Digest:
     if not isinstance(split, Split):
         return _Digest("", [], "")
-    chosen = torch.linspace(0, len(split) - 1, min(len(split), _SAMPLES_COMPARED)).long()
+    chosen = torch.linspace(0, len(split) - 1, min(len(split), _SAMPLES_COMPARED), dtype=torch.float64).long()
     exact, everything = hashlib.sha256(), hashlib.sha256()
     sums: list[float] = []
     for values in split.batch(chosen):

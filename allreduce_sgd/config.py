@@ -77,7 +77,8 @@ class RunOptions:
     keep_checkpoints: int = option(3, "how many of the latest checkpoints to keep", minimum=1)
     grace_seconds: float = option(
         30.0,
-        "how soon after SIGTERM a checkpoint must be written; past that the run ends with status 1",
+        "how soon after SIGTERM a checkpoint must be written, at the end of an evaluation if one is under way; past "
+        "that the run ends with status 1",
         above=0,
     )
     log_every: int = option(10, "steps between two lines of metrics.jsonl", minimum=1)

@@ -91,10 +91,11 @@ def interface_mistake(variable: str, value: str, between_hosts: bool) -> str | N
 def bound_address(value: str | None) -> tuple[str, str]:
     """Return where Gloo listens on this host, and how it came to that: on the first interface of `value`.
 
-    None: on the first address of the host's own name that is of this host, else on the loopback.
+    None or empty: on the first address of the host's own name that is of this host, else on the loopback.
     """
-    if value is not None:
-        name = value.split(",")[0].strip()
+    named = [entry.strip() for entry in (value or "").split(",") if entry.strip()]
+    if named:
+        name = named[0]
         return _addresses()[name][0], f"the address of {name}"
     host = socket.gethostname()
     found: Sequence[str] = ()

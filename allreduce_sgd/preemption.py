@@ -12,14 +12,18 @@ wait for the main thread to come out of whatever it computes, and a grace period
 on, and got it together with their ranks, have these get it twice: what comes within a second is one.
 """
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from allreduce_sgd.errors import MemoryNotSharedError
 from allreduce_sgd.topology import Topology
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
 __all__ = ["Preemption"]
 
 _SAME_SECONDS = 1.0
+# No signal has this number.
+_THE_END = 0
 # So that rank 0 has ended the job before another rank would say the same.
 _PEER_DELAY_SECONDS = 1.0
 # Launchers drop what a rank wrote last if it aborts before they have read it.
@@ -59,6 +65,8 @@ class Preemption:
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             for number in (signal.SIGUSR1, signal.SIGTERM):
                 self._handlers[number] = signal.signal(number, _leave_to_the_reader)
+            forget = weakref.WeakMethod(self._forget)
+            os.register_at_fork(after_in_child=lambda: _call(forget))
         return self
 
     def __exit__(
@@ -70,9 +78,12 @@ class Preemption:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        os.close(self._pipe[1])
+        # Not by closing it: a process that user code has forked may have it too.
+        os.write(self._pipe[1], bytes([_THE_END]))
         self._reader.join()
-        os.close(self._pipe[0])
+        for end in self._pipe:
+            os.close(end)
+        self._pipe = None
 
     def asked(self) -> bool:
         """Say whether this rank, or one that it shares memory with, was told to stop."""
@@ -85,13 +96,26 @@ class Preemption:
         """
         import torch
 
-        memory = comm.allocate_shared(comm.size, torch.uint8, torch.device("cpu"))
+        try:
+            memory = comm.allocate_shared(comm.size, torch.uint8, torch.device("cpu"))
+        except MemoryNotSharedError:
+            return
         if memory is None:
             return
         flags = memoryview(memory.numpy())  # type: ignore[arg-type]  # arrays are buffers
         with self._lock:
             flags[comm.rank] = self._flags[self._own]
             self._flags, self._own = flags, comm.rank
+
+    def _forget(self) -> None:
+        """In a process that user code has forked: what it is told is not meant for this rank, and signals end it."""
+        if self._pipe is None:
+            return
+        with contextlib.suppress(ValueError):  # forked by another thread than the main one
+            signal.set_wakeup_fd(-1)
+            for number in self._handlers:
+                signal.signal(number, signal.SIG_DFL)
+        self._pipe = None
 
     def settle(self) -> None:
         """Be told that what was asked for is done: there is no deadline any more."""
@@ -102,8 +126,10 @@ class Preemption:
 
     def _read(self) -> None:
         assert self._pipe is not None
-        while numbers := os.read(self._pipe[0], 64):
-            for number in numbers:
+        while True:
+            for number in os.read(self._pipe[0], 64):
+                if number == _THE_END:
+                    return
                 self._take(number)
 
     def _take(self, number: int) -> None:
@@ -126,15 +152,23 @@ class Preemption:
             if self._settled:
                 return
             self._end(
-                f"SIGTERM: no checkpoint was written within --grace-seconds {self._grace_seconds:g}; those written "
-                f"before are whole",
+                f"SIGTERM: not at an end with a checkpoint within --grace-seconds {self._grace_seconds:g}; those that "
+                f"were written are whole",
                 1,
             )
 
     def _end(self, why: str, status: int) -> None:
-        print(f"{self._topology.describe()}: {why}", file=sys.__stderr__ or sys.stderr, flush=True)
-        time.sleep(_FORWARDING_SECONDS)
-        self._topology.abort(status)
+        try:
+            print(f"{self._topology.describe()}: {why}", file=sys.__stderr__ or sys.stderr, flush=True)
+            time.sleep(_FORWARDING_SECONDS)
+        finally:
+            self._topology.abort(status)
+
+
+def _call(method: "weakref.WeakMethod[Callable[[], None]]") -> None:
+    found = method()
+    if found is not None:
+        found()
 
 
 def _leave_to_the_reader(number: int, frame: FrameType | None) -> None:

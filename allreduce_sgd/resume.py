@@ -67,9 +67,9 @@ def fitting(checkpoint: "Checkpoint") -> Iterator[None]:
     """Turn what taking up the state of a checkpoint raises, because it does not fit this run, into ConfigError."""
     try:
         yield
-    except (ConfigError, CommunicationError):
-        raise
-    except Exception as problem:  # torch and numpy raise whatever they do
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as problem:
+        if isinstance(problem, CommunicationError) or type(problem).__name__ == "OutOfMemoryError":
+            raise
         why = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
         raise ConfigError(
             f"--resume: checkpoint {checkpoint.folder} does not fit this run or is damaged: {why}"

@@ -127,8 +127,10 @@ class Topology:
 
     def abort(self, status: int) -> NoReturn:
         """End all ranks of the job at once, with this exit status where the launcher passes it on."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            # On a full disk, or with nobody left to read: the other ranks must end all the same.
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         if self.world is not None and self.size > 1:
             # Without the lock: another thread may be stuck inside MPI holding it, and nothing comes after this call.
             self.world.Abort(status)
@@ -196,8 +198,8 @@ def discover(
     if announced is None and not need_mpi:
         cores = len(os.sched_getaffinity(0))
         return Topology(cores=cores, host=socket.gethostname(), timeout_seconds=timeout_seconds)
-    who = f"rank {launcher_rank(environment)} on {socket.gethostname()}"
-    with deadline(timeout_seconds, who, "the start of MPI"):
+    rank = launcher_rank(environment)
+    with deadline(timeout_seconds, rank, f"rank {rank} on {socket.gethostname()}", "the start of MPI"):
         return _meet(announced, need_mpi, timeout_seconds)
 
 

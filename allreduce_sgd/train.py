@@ -43,7 +43,7 @@ _DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 def run() -> int:
     """Run the command line and return the exit status: the entry point of `allreduce-sgd`."""
     status = main(sys.argv[1:])
-    if status == PREEMPTED:
+    if status in (0, PREEMPTED):
         # Said again until the process has ended, a signal would make another status of it.
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

@@ -39,6 +39,9 @@ from benchmarks.table import format_number, format_table
 
 __all__ = ["main", "rows_of", "table"]
 
+# In which nothing is done to the last run any more.
+_NEVER_SECONDS = 1e9
+
 
 def main(arguments: Sequence[str]) -> int:
     """Run the rounds and return the exit status."""
@@ -86,7 +89,7 @@ def _rounds(chaos: Chaos, rounds: int, minutes: float | None) -> Iterator[Round]
             bar.set_postfix_str(f"{done.course} runs at their end, last: {done.harm or 'nothing'}")
             bar.update()
             yield done
-        chaos.harms, chaos.usual_seconds, chaos.train_seconds = {"preempt": 1}, float("inf"), float("inf")
+        chaos.usual_seconds = chaos.train_seconds = _NEVER_SECONDS
         while chaos.run.exists():
             yield chaos.round()
 

@@ -25,7 +25,9 @@ HARMS = {"kill-rank": 40, "kill-launcher": 15, "kill-all": 20, "terminate": 10, 
 
 _MARK = "ALLREDUCE_SGD_CHAOS"
 _POLL_SECONDS = 0.02
-_CONFIG_STATUS = 2
+# A run that resumes at its last step still has to end.
+_LEAST_LEFT = 1e-3
+_FAILED_STATUS, _CONFIG_STATUS = 1, 2
 
 
 @dataclass
@@ -118,7 +120,7 @@ class Chaos:
             limit_seconds = time.monotonic() + self.deadline_seconds
             while _size(metrics) <= before and job.poll() is None and time.monotonic() < limit_seconds:
                 time.sleep(_POLL_SECONDS)
-            left = 1 - (resumed_step or 0) / int(self.flags["steps"])
+            left = max(_LEAST_LEFT, 1 - (resumed_step or 0) / int(self.flags["steps"]))
             until_seconds = time.monotonic() + self.draw.uniform(0, left * self.train_seconds)
         while time.monotonic() < until_seconds and job.poll() is None:
             time.sleep(_POLL_SECONDS)
@@ -149,8 +151,8 @@ class Chaos:
         # One that is asked for a checkpoint trains on until then, and one that nobody harmed until its end.
         while job.poll() is None or _processes(mark):
             if time.monotonic() - harmed_seconds > self.deadline_seconds:
-                left = [" ".join(process.cmdline()) for process in _processes(mark)]
-                done.problem = f"not ended {self.deadline_seconds:g} s after {done.harm}: {left}"
+                left = [process.pid for process in _processes(mark)]
+                done.problem = f"not ended {self.deadline_seconds:g} s after {done.harm}: processes {left}"
                 return
             time.sleep(_POLL_SECONDS)
         done.ended_after_seconds = time.monotonic() - harmed_seconds
@@ -166,6 +168,13 @@ class Chaos:
             done.finished = True
         elif done.harm is None and status != 0:
             done.problem = f"ended with status {status}, though nothing was done to it: {told}"
+            done.finished = True
+        elif status == 0 and not done.finished:
+            done.problem = "ended with status 0, and has no summary"
+            done.finished = True
+        elif done.harm == "preempt" and status == _FAILED_STATUS:
+            # Before it takes signals a run may die of one, which is another status.
+            done.problem = f"ended with status {status} when it was asked for a checkpoint: {told}"
             done.finished = True
         elif done.finished and _summary(self.run)["parameters_sha256"] != self.parameters:
             done.problem = "came to other parameters than the undisturbed run"

@@ -140,18 +140,16 @@ execute() { # DRY_RUN(0|1) COMMAND...: becomes the command, so that signals and 
 run_and_forward_signals() { # COMMAND...: returns its status; sets stopped where SIGTERM or SIGINT came
     # In the background a command would get no input and, where the shell is no interactive one, no Ctrl-C.
     "$@" <&0 &
-    local child=$! status
+    local child=$! status=0
     stopped=
     # shellcheck disable=SC2064 # the child is known now
     trap "kill -USR1 $child 2>/dev/null" USR1
     # shellcheck disable=SC2064
     trap "stopped=1; kill -TERM $child 2>/dev/null" TERM INT
-    while true; do
-        status=0
-        wait "$child" || status=$?
-        # A trapped signal ends `wait` early, with the child still running.
-        kill -0 "$child" 2>/dev/null || break
-    done
+    # A trapped signal ends `wait` early, with the child still running.
+    while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
+    # Bash remembers it; the loop's may be that of the signal which interrupted it.
+    wait "$child" || status=$?
     trap - USR1 TERM INT
     return "$status"
 }
@@ -186,6 +184,10 @@ find_run_folder() { # ARGUMENTS of the program...: sets run_folder, and resumed 
     resumed+=(--resume "$run_folder")
 }
 
+newest_checkpoint() { # FOLDER of a run: prints that of its newest checkpoint, or nothing
+    find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | LC_ALL=C sort | tail -n 1
+}
+
 # Not after 0 (done), 2 (bad input), 75 (pre-empted after a checkpoint), 130 (Ctrl-C), or a signal to this script.
 execute_with_restarts() { # RESTARTS ARGUMENTS...: of the program, for which make_command sets command
     local left=$1 status checkpoint say
@@ -195,19 +197,20 @@ execute_with_restarts() { # RESTARTS ARGUMENTS...: of the program, for which mak
         make_command "$@"
         status=0
         run_and_forward_signals "${command[@]}" || status=$?
-        [[ -z $stopped ]] || exit "$((status ? status : 130))"
         case $status in 0 | 2 | 75 | 130) exit "$status" ;; esac
+        [[ -z $stopped ]] || exit "$status"
         say="${0##*/}: ended with status $status"
         if ((left == 0)); then
             echo "$say; no restart is left" >&2
             exit "$status"
         fi
-        if ! checkpoint=$(cat "$run_folder/checkpoints/latest" 2>/dev/null); then
+        checkpoint=$(newest_checkpoint "$run_folder")
+        if [[ -z $checkpoint ]]; then
             echo "$say; $run_folder has no checkpoint to restart from" >&2
             exit "$status"
         fi
         left=$((left - 1))
-        echo "$say; restarting from $run_folder/checkpoints/$checkpoint (restarts left: $left)" >&2
+        echo "$say; restarting from $checkpoint (restarts left: $left)" >&2
         set -- "${resumed[@]}"
         restarted=1
     done

@@ -54,6 +54,8 @@ read_hosts() { # FILE: sets hosts (host:slots ...) and slots (their sum)
 
 answers() { # HOST: says whether a command runs there
     local options=()
+    # mpirun starts ranks here without rsh, which a login node need not have for itself.
+    [[ $1 != localhost && $1 != "$(hostname)" && $1 != "$(hostname -s)" ]] || return 0
     [[ -n $rsh ]] || options=(-o BatchMode=yes -o ConnectTimeout=8)
     timeout 10 "${rsh:-ssh}" "${options[@]}" "$1" true </dev/null >/dev/null 2>&1
 }

@@ -29,7 +29,9 @@ make_switch() {
     } >/run/hosts
     mount --bind /run/hosts /etc/hosts
     ip link set lo up
-    ip link add eth0 type bridge
+    # A bridge without an address of its own takes that of a port, and another one when the port's host is gone, so that
+    # the other hosts would send to nobody for some seconds.
+    ip link add eth0 address 02:00:0a:4d:00:fe type bridge
     ip address add "$network.254/24" dev eth0
     ip link set eth0 up
 }

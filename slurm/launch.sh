@@ -69,21 +69,24 @@ choose_output() { # ARGUMENTS...: sets output, and arguments to those of them th
 # what the ranks get of a TERM that comes here is USR1, and SLURM's KillWait or GraceTime is the deadline. A TERM for the
 # steps of a job (scancel, pre-emption) reaches ranks that srun started directly.
 run_and_warn() { # SIGNAL COMMAND...: gives the command SIGNAL for USR1 and TERM; returns its status, and sets warned
-    local signal=$1 child status
+    local signal=$1 child status=0
     shift
     "$@" &
     child=$!
     warned=
     # shellcheck disable=SC2064 # the child is known now
     trap "warned=1; kill -$signal $child 2>/dev/null" USR1 TERM
-    while true; do
-        status=0
-        wait "$child" || status=$?
-        # A trapped signal ends `wait` early, with the child still running.
-        kill -0 "$child" 2>/dev/null || break
-    done
+    # A trapped signal ends `wait` early, with the child still running.
+    while wait "$child" || true; kill -0 "$child" 2>/dev/null; do :; done
+    # Bash remembers it; the loop's may be that of the signal which interrupted it.
+    wait "$child" || status=$?
     trap - USR1 TERM
     return "$status"
+}
+
+requeue() { # has SLURM start this job again, unless somebody has cancelled it
+    [[ " $(scontrol show --oneliner job "$SLURM_JOB_ID" 2>/dev/null) " == *" JobState=RUNNING "* ]] || return 0
+    scontrol requeue "$SLURM_JOB_ID" || true
 }
 
 run_job() { # ARGUMENTS...
@@ -117,7 +120,7 @@ run_job() { # ARGUMENTS...
     run_and_warn USR1 "${command[@]}" || status=$?
     # 75: the program saved a checkpoint because of the warning; above 128: it died of it, for it had only just begun.
     if ((${#output[@]})) && { ((status == 75)) || { [[ -n $warned ]] && ((status > 128)); }; }; then
-        scontrol requeue "$SLURM_JOB_ID" || true
+        requeue
     fi
     return "$status"
 }
@@ -127,7 +130,7 @@ run_again() { # COMMAND...: it keeps what it has finished, so that a warning end
     echo "$SLURM_JOB_NUM_NODES node(s): $*"
     run_and_warn TERM "$@" || status=$?
     if [[ -n $warned ]] && ((status != 0)); then
-        scontrol requeue "$SLURM_JOB_ID" || true
+        requeue
         status=75
     fi
     return "$status"

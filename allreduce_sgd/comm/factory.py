@@ -70,7 +70,7 @@ def _connect_mpi(topology: Topology, options: CommunicationOptions, saved: "Choi
         oversubscribed=topology.local_size > topology.cores,
         spare_cores=topology.local_size < topology.cores,
     )
-    with deadline(options.timeout_seconds, topology.describe(), "the making of the communicator"):
+    with deadline(options.timeout_seconds, topology.rank, topology.describe(), "the making of the communicator"):
         comm = MpiCommunicator(topology.world, engine, choice, options.timeout_seconds)
     costs = None
     if saved is not None and saved.suits(comm.layout.nodes, comm.layout.memory is not None):

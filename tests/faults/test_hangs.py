@@ -3,6 +3,7 @@
 The launcher then ends the one that hangs too, which takes no other signal than SIGKILL.
 """
 
+import uuid
 from pathlib import Path
 
 from tests.faults.jobs import assert_nothing_left, ended_after_fault, newest_step
@@ -15,25 +16,26 @@ from allreduce_sgd.topology import launcher_rank
 if launcher_rank(os.environ) == 1:
     os.kill(os.getpid(), signal.SIGSTOP)
 from allreduce_sgd.train import main
-sys.exit(main(["--timeout-seconds", "4"]))
+sys.exit(main(["--timeout-seconds", "10"]))
 """
 
 
 def test_a_rank_that_hangs_is_named_with_what_it_did_not_come_to(tmp_path: Path) -> None:
-    done = ended_after_fault(tmp_path, "stop compute 1 6", "--timeout-seconds", "5")
+    done = ended_after_fault(tmp_path, "stop compute 1 6", "--timeout-seconds", "10")
     assert done.status == 1
     assert done.errors.count("rank 0 of 2 on ") == 1
     headline = next(line for line in done.errors.splitlines() if line.startswith("rank 0 of 2 on "))
     assert ": CommunicationTimeout: step 6: bucket 1 of 1: reduce_scatter of " in headline
-    assert "not finished after 5 s; rank 1 has not answered; rank 0 has come to it" in headline
+    assert "not finished after 10 s; rank 1 has not answered; rank 0 has come to it" in headline
     assert done.errors.count("Traceback") == 1
     assert newest_step(tmp_path / "run") == 4
 
 
 def test_a_rank_that_hangs_before_mpi_is_up_ends_the_job_too() -> None:
-    done = mpirun(2, ["-c", STOPS_AT_START], timeout_seconds=100, environment={"FAULT_TEST": "stops-at-start"})
+    name = str(uuid.uuid4())
+    done = mpirun(2, ["-c", STOPS_AT_START], timeout_seconds=100, environment={"FAULT_TEST": name})
     assert done.status != 0
-    told = "the start of MPI not finished after 4 s; another rank is stuck, gone or late"
+    told = "the start of MPI not finished after 10 s; another rank is stuck, gone or late"
     assert done.errors.count(told) == 1
     assert "rank 0 on " in done.errors
-    assert_nothing_left("stops-at-start", None)
+    assert_nothing_left(name, None)

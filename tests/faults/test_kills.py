@@ -3,19 +3,22 @@
 The launcher tells of a kill, a rank of what it raised; each once.
 """
 
+import contextlib
 import os
 import signal
-import subprocess
 import time
+import uuid
 from pathlib import Path
 
+import psutil
 import pytest
 
 from allreduce_sgd import checkpoint
 from allreduce_sgd.comm.single import SingleCommunicator
-from tests.faults.jobs import TRAIN, ended_after_fault, newest_step
+from tests.faults.jobs import TRAIN, assert_nothing_left, ended_after_fault, newest_step
 from tests.launching import finish, mpirun, start
 from tests.test_resume import wait_for_step
+from tests.test_shared_memory_kill import SHM, abandoned_in_shm
 
 # So that a bucket takes several messages.
 RING = ["--algorithm", "ring", "--no-shard-optimizer"]
@@ -78,20 +81,23 @@ def test_what_one_rank_raises_is_told_once(tmp_path: Path, fault: str, where: st
 
 
 def test_ctrl_c_twice_ends_all(tmp_path: Path) -> None:
-    run = tmp_path / "run"
+    run, name = tmp_path / "run", str(uuid.uuid4())
     flags = ["--model", "tests.parts:slow_model", "--steps", "2000", "--log-every", "1", "--output", str(run)]
-    job = start(2, [*TRAIN, *flags], environment={"TEST_STEP_SECONDS": "0.05"})
+    before = abandoned_in_shm() if SHM.is_dir() else None
+    job = start(2, [*TRAIN, *flags], environment={"TEST_STEP_SECONDS": "0.05", "FAULT_TEST": name})
     wait_for_step(job, run, 5)
     interrupted_seconds = time.monotonic()
-    # As a terminal does: the launcher and all ranks get it.
-    os.killpg(job.pid, signal.SIGINT)
-    time.sleep(0.4)
-    if job.poll() is None:
-        os.killpg(job.pid, signal.SIGINT)
+    # As a terminal does with a launcher that keeps its ranks among its own processes: all get it, twice.
+    processes = [psutil.Process(job.pid), *psutil.Process(job.pid).children(recursive=True)]
+    for pause_seconds in (0.1, 0):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGINT)
+        time.sleep(pause_seconds)
     done = finish(job, interrupted_seconds, 60)
     assert done.status != 0
     assert "Traceback" not in done.errors
-    assert subprocess.run(["pgrep", "-g", str(job.pid)], capture_output=True, check=False).stdout == b""
+    assert_nothing_left(name, before)
     assert newest_step(run) >= 4
 
 

@@ -56,8 +56,8 @@ def test_after_the_last_restart_the_status_is_that_of_the_failure(tmp_path: Path
     folder = tmp_path / "run"
     program = tmp_path / "program.py"
     program.write_text("import sys\nprint(sys.argv[1:])\nsys.exit(7)\n")
-    (folder / "checkpoints").mkdir(parents=True)
-    (folder / "checkpoints" / "latest").write_text("step-00000004\n")
+    checkpoint = folder / "checkpoints" / "step-00000004"
+    checkpoint.mkdir(parents=True)
     environment = {"MPIRUN": str(BIN / "mpirun"), "PROGRAM": str(program)}
     arguments = ["-n", "1", "--on-failure", "restart=1", "--config", "run.toml", f"--output={folder}", "--lr", "0.1"]
     done = run(LOCAL, *arguments, **environment)
@@ -70,7 +70,7 @@ def test_after_the_last_restart_the_status_is_that_of_the_failure(tmp_path: Path
         f"mpirun_local.sh: ended with status 7; restarting from {folder}/checkpoints/step-00000004 (restarts left: 0)",
         "mpirun_local.sh: ended with status 7; no restart is left",
     ]
-    (folder / "checkpoints" / "latest").unlink()
+    checkpoint.rmdir()
     done = run(LOCAL, *arguments, **environment)
     assert done.returncode == 7
     assert done.stderr == f"mpirun_local.sh: ended with status 7; {folder} has no checkpoint to restart from\n"
@@ -78,8 +78,7 @@ def test_after_the_last_restart_the_status_is_that_of_the_failure(tmp_path: Path
 
 @pytest.mark.parametrize("status", [0, 2, 75, 130])
 def test_what_is_no_failure_is_not_repeated(tmp_path: Path, status: int) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "latest").write_text("step-00000004\n")
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     program = tmp_path / "program.py"
     program.write_text(f"print('started')\nraise SystemExit({status})\n")
     arguments = ["-n", "1", "--on-failure", "restart=3", "--resume", str(tmp_path)]

@@ -101,6 +101,13 @@ def test_what_a_sweep_cannot_do_is_told_in_a_line(slurm: SlurmCluster, tmp_path:
     assert (job.state, job.exit_status) == ("FAILED", 2)
     assert job.output.endswith("--array: there is no task 3; configs has 2, from 1 on\n")
     assert len(job.output.splitlines()) == 1
+    (tmp_path / "flags.txt").write_text("--steps 1\n--steps 1 --lr '0.1\n")
+    number = slurm.submit(
+        ["--array=2", "--nodelist=n1", SCRIPTS["sweep"], "flags.txt"], folder=tmp_path, environment=environment("pmi2")
+    )
+    job = slurm.wait(f"{number}_2", tmp_path)
+    assert (job.state, job.exit_status) == ("FAILED", 2)
+    assert job.output.endswith("flags.txt: a quote is not closed in the line of task 2: --steps 1 --lr '0.1\n")
 
 
 def test_sigterm_stops_within_the_grace_and_another_number_of_ranks_goes_on(slurm: SlurmCluster, jobs: Jobs) -> None:
@@ -124,6 +131,19 @@ def test_sigterm_stops_within_the_grace_and_another_number_of_ranks_goes_on(slur
         assert summary[key] == whole[key]
 
 
+def test_a_job_that_somebody_cancels_is_not_requeued(slurm: SlurmCluster, tmp_path: Path) -> None:
+    arguments = ["--nodelist=n1", SCRIPTS["one_node"], *TRAINING, "--log-every", "1", "--steps", "500"]
+    number = slurm.submit(arguments, folder=tmp_path, environment={**environment("pmi2"), **SLOW})
+    run = tmp_path / f"runs/slurm-{number}"
+    wait_until(lambda: (run / "metrics.jsonl").exists())
+    slurm.command("scancel", str(number))
+    # A job that was requeued would be pending, and train to its end.
+    job = slurm.wait(number, tmp_path)
+    assert job.state == "CANCELLED", job.output
+    # What it had learnt is not lost.
+    assert f"go on with --resume runs/slurm-{number}" in job.output
+
+
 def test_a_study_that_was_stopped_goes_on_with_the_run_it_was_in(slurm: SlurmCluster, tmp_path: Path) -> None:
     (tmp_path / "small.toml").write_text(SPEC)
     arguments = ["--nodelist=n1", SCRIPTS["study"], "small.toml", "--json", "record.json"]
@@ -131,7 +151,7 @@ def test_a_study_that_was_stopped_goes_on_with_the_run_it_was_in(slurm: SlurmClu
     number = slurm.submit(arguments, folder=tmp_path, environment=settings)
     results = tmp_path / "runs/study-small/results.jsonl"
     # A line of what is studied, then one for each finished run.
-    wait_until(lambda: results.exists() and len(results.read_text().splitlines()) == 2)
+    wait_until(lambda: results.exists() and len(results.read_text().splitlines()) >= 2)
     slurm.command("scancel", "--batch", "--signal=USR1", str(number))
     first = next((tmp_path / "runs/study-small/runs").glob("*[!d]/summary.json"))
     written = first.stat().st_mtime_ns
