@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ import torch
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.comm.objects import all_gather_object
 from allreduce_sgd.durable import replace_file, sync_folder, write_file
-from allreduce_sgd.errors import CheckpointError, ConfigError, quoted
+from allreduce_sgd.errors import CheckpointError, ConfigError, OutputError, quoted
 
-__all__ = ["Checkpoint", "find", "save"]
+__all__ = ["Checkpoint", "find", "save", "save_model"]
 
 _FORMAT = "allreduce_sgd checkpoint 1"
 _SHARED = "shared.pt"
@@ -102,6 +102,19 @@ def save(
             # A full disk has better uses for it.
             shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def save_model(file: Path, model: dict[str, Any], facts: Mapping[str, Any]) -> None:
+    """Write a model's state_dict as "model", with `facts` beside it, for torch.load(file, weights_only=True).
+
+    One rank calls. Raises OutputError where it cannot be written; a file there before is then still whole.
+    """
+    memory = io.BytesIO()
+    torch.save({"model": model, **facts}, memory)
+    try:
+        replace_file(file, memory.getbuffer())
+    except OSError as problem:
+        raise OutputError(f"cannot write {file}: {problem.strerror}") from problem
 
 
 def find(path: Path) -> Checkpoint:

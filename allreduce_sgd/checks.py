@@ -62,10 +62,11 @@ def check_same_data(topology: Topology, dataset: Dataset) -> None:
     evenly spread; a map-style data set may well make each sample anew. Floating numbers may differ a little, since
     processors round differently where data are standardized.
     """
-    parts = {"training": dataset.train, "test": dataset.test}
+    parts = {"training" if part == "train" else part: split for part, split in dataset.splits.items()}
     digests = [_digest(split) for split in parts.values()]
-    told = [f"{len(parts[part]):,} {part} samples{digest.told}" for part, digest in zip(parts, digests, strict=True)]
     sizes = [len(split) for split in parts.values()]
+    named = zip(sizes, parts, digests, strict=True)
+    told = [f"{size:,} {part} samples{digest.told}" for size, part, digest in named]
     value = (sizes, [digest.exact for digest in digests], [each for digest in digests for each in digest.sums])
     _refuse_different(topology, value, f"--dataset {dataset.name}", " and ".join(told), _alike)
 

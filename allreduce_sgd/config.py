@@ -21,6 +21,8 @@ from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.options import option
+from allreduce_sgd.probes.options import ProbeOptions
+from allreduce_sgd.selection.options import SelectionOptions
 from allreduce_sgd.strategies.options import BELONGS, LOCAL, StrategyOptions
 
 __all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "check_text", "config_from", "options", "to_toml"]
@@ -97,6 +99,9 @@ class Config:
     model: ModelOptions = field(default_factory=ModelOptions, metadata={"title": "model and loss"})
     training: TrainingOptions = field(default_factory=TrainingOptions, metadata={"title": "training"})
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions, metadata={"title": "optimizer"})
+    selection: SelectionOptions = field(
+        default_factory=SelectionOptions, metadata={"title": "early stopping and averages of weights"}
+    )
     strategy: StrategyOptions = field(default_factory=StrategyOptions, metadata={"title": "distribution strategy"})
     communication: CommunicationOptions = field(
         default_factory=CommunicationOptions, metadata={"title": "communication"}
@@ -105,6 +110,7 @@ class Config:
     compression: CompressionOptions = field(
         default_factory=CompressionOptions, metadata={"title": "compression of gradients"}
     )
+    probes: ProbeOptions = field(default_factory=ProbeOptions, metadata={"title": "what is tried before training"})
     run: RunOptions = field(default_factory=RunOptions, metadata={"title": "results and checkpoints"})
 
     def flat(self) -> dict[str, Any]:
@@ -238,6 +244,7 @@ def _reconciled(config: Config) -> Config:
             "that does not get over it stops by itself"
         )
     _check_strategy(config)
+    _check_selection(config)
     if codec == "dgc" and momentum:
         raise ConfigError(f"--momentum {momentum:g}: --compression dgc has its own; set --compression-momentum instead")
     if codec == "dgc" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
@@ -280,6 +287,30 @@ def _check_strategy(config: Config) -> None:
         raise ConfigError(f"--compression dgc: it corrects the momentum of gradients, and {name} sends parameters")
     if codec != "none" and name in _NO_CODEC:
         raise ConfigError(f"--compression {codec}: --strategy {name} {_NO_CODEC[name]}")
+
+
+def _check_selection(config: Config) -> None:
+    """Raise ConfigError where what goes by evaluations, or averages the model, lacks what it needs."""
+    selection, optimizer = config.selection, config.optimizer
+    if selection.patience is not None and config.data.validation_fraction is None:
+        raise ConfigError(
+            f"--patience {selection.patience}: it goes by the validation loss; hold samples out for it with "
+            f"--validation-fraction, such as 0.1"
+        )
+    if selection.min_delta and selection.patience is None:
+        raise ConfigError(f"--min-delta {selection.min_delta:g}: it belongs to --patience, which is not set")
+    if selection.ema is not None and selection.swa is not None:
+        raise ConfigError(f"--ema {selection.ema:g}: --swa averages the model already; take one of the two")
+    if optimizer.lr_schedule == "plateau":
+        if optimizer.lr_decay is not None and optimizer.lr_decay >= 1:
+            raise ConfigError(f"--lr-decay {optimizer.lr_decay:g}: --lr-schedule plateau needs a factor below 1")
+    elif optimizer.plateau_patience is not None:
+        raise ConfigError(
+            f"--plateau-patience {optimizer.plateau_patience}: --lr-schedule {optimizer.lr_schedule} has no use for "
+            f"it, only plateau"
+        )
+    if config.probes.find_lr and config.run.resume is not None:
+        raise ConfigError("--find-lr: it tries rates on a model at its start; leave out --resume")
 
 
 _STATISTICS = ("sync", "delayed", "dmb", "server-sync")

@@ -14,10 +14,10 @@ def write_file(path: Path, data: bytes | memoryview) -> None:
         os.fsync(file.fileno())
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old text or the new one, also after a crash."""
+def replace_file(path: Path, content: str | bytes | memoryview) -> None:
+    """Write a file so that a reader sees the old content or the new one, also after a crash."""
     temporary = path.with_name(f".{path.name}.tmp")
-    write_file(temporary, text.encode())
+    write_file(temporary, content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
     sync_folder(path.parent)
 

@@ -1,12 +1,12 @@
 """From indices of samples to what strategies train on: forward passes on batches, whose losses are counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from allreduce_sgd.data.sampling import evaluation_share, share
-from allreduce_sgd.data.split import Dataset
+from allreduce_sgd.data.split import Dataset, Samples
 from allreduce_sgd.metrics import Tally
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.strategies.base import Share
@@ -18,7 +18,7 @@ _EVALUATION_BATCH = 512
 
 
 class Feed:
-    """Makes shares of mini-batches of `dataset`, and evaluates models on its test set.
+    """Makes shares of mini-batches of `dataset`, and evaluates models on its other splits.
 
     Forward passes run in `precision` on `device`, a rank's samples in `rounds` micro-batches; `tally` collects the
     losses of training.
@@ -41,21 +41,35 @@ class Feed:
         return Share(losses, samples, global_samples, predictions)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, rank: int, size: int, virtual_ranks: int = 1) -> Tally:
-        """Evaluate `model` on this rank's part of the test set: exact sums over all ranks, nothing padded.
+    def evaluate(
+        self, model: nn.Module, rank: int, size: int, virtual_ranks: int = 1, samples: Samples | None = None
+    ) -> Tally:
+        """Evaluate `model` on this rank's part of `samples` (None: the test set): exact sums over all ranks, nothing
+        padded.
 
         So many `virtual_ranks` of this rank have batches of their own, which do not depend on who has them.
         """
         tally = Tally()
+        samples = self.dataset.test if samples is None else samples
         model.eval()
         for virtual in range(rank * virtual_ranks, (rank + 1) * virtual_ranks):
-            part = evaluation_share(len(self.dataset.test), virtual, size * virtual_ranks)
+            part = evaluation_share(len(samples), virtual, size * virtual_ranks)
             for start in range(part.start, part.stop, _EVALUATION_BATCH):
                 indices = torch.arange(start, min(start + _EVALUATION_BATCH, part.stop))
-                outputs, targets, loss = self._forward(model, self.dataset.test.batch(indices))
+                outputs, targets, loss = self._forward(model, samples.batch(indices))
                 tally.add(loss, len(indices), self.loss.correct(outputs, targets), self.loss.count(targets))
         model.train()
         return tally
+
+    def training_inputs(self, part: int, parts: int) -> Iterator[Tensor]:
+        """Yield the inputs of one of so many parts of the training set, in as many batches as those of the others."""
+        samples = len(self.dataset.train)
+        own, count = evaluation_share(samples, part, parts), -(-samples // (parts * _EVALUATION_BATCH))
+        for each in range(count):
+            piece = share(own.stop - own.start, each, count)
+            if piece.start < piece.stop:
+                indices = torch.arange(own.start + piece.start, own.start + piece.stop)
+                yield self.dataset.train.batch(indices)[0].to(self._device, non_blocking=True)
 
     def _loss_of(self, indices: Tensor, fraction: float) -> Callable[[nn.Module], Tensor]:
         def compute(model: nn.Module) -> Tensor:

@@ -8,28 +8,23 @@ from allreduce_sgd.config import Config
 from allreduce_sgd.display import Display, number
 from allreduce_sgd.gradients.replicate import common_sha256
 from allreduce_sgd.metrics import MetricsLog, Totals
+from allreduce_sgd.progress import Position
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.strategies.base import Strategy
 
-__all__ = ["Evaluation", "Position", "Report"]
+__all__ = ["Evaluation", "Report"]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The consensus model on the whole test set: exact sums over all ranks, nothing padded."""
+    """The model on the whole test set, and the validation set if there is one: exact sums over all ranks, nothing
+    padded."""
 
     step: int
     test_loss: float
     test_accuracy: float | None
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far training is: optimizer steps, passes over the training set, and samples of all ranks."""
-
-    step: int
-    epoch: float
-    samples: int
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
 
 
 class Report:
@@ -69,13 +64,19 @@ class Report:
         self, at: Position, evaluation: Evaluation, train_loss: float | None, display: Display | None
     ) -> None:
         """Tell of an evaluation; `display` None: only in metrics.jsonl."""
-        test_loss, test_accuracy = evaluation.test_loss, evaluation.test_accuracy
-        self._write("evaluation", at, {"test_loss": test_loss, "test_accuracy": test_accuracy})
+        values = {"test_loss": evaluation.test_loss, "test_accuracy": evaluation.test_accuracy}
+        validated = evaluation.validation_loss is not None
+        if validated:
+            values["validation_loss"] = evaluation.validation_loss
+            values["validation_accuracy"] = evaluation.validation_accuracy
+        self._write("evaluation", at, values)
         if display is not None:
-            accuracy = "" if test_accuracy is None else f"   test accuracy {100 * test_accuracy:6.2f} %"
+            of_validation = _figures("validation", evaluation.validation_loss, evaluation.validation_accuracy)
             display.line(
                 f"step {at.step:6d}   epoch {at.epoch:7.2f}   train loss {number(train_loss)}   "
-                f"test loss {number(test_loss)}{accuracy}   {self._watch.train_seconds:8.2f} s"
+                f"{of_validation if validated else ''}"
+                f"{_figures('test', evaluation.test_loss, evaluation.test_accuracy)}"
+                f"{self._watch.train_seconds:8.2f} s"
             )
 
     def summary(
@@ -86,8 +87,9 @@ class Report:
         train_loss: float | None,
         global_batch_size: int,
         reached_target: bool,
+        stopped_early: bool,
     ) -> dict[str, Any]:
-        """Return what summary.json has. All ranks that train must call, with the model being the consensus."""
+        """Return what summary.json has. All ranks that train must call, with the final model; `evaluation` is its."""
         strategy, comm = self._strategy, self._strategy.comm
         communication = self._watch.average_over_ranks()
         train_seconds = self._watch.train_seconds
@@ -108,6 +110,10 @@ class Report:
             "train_loss": train_loss,
             "test_loss": evaluation.test_loss,
             "test_accuracy": evaluation.test_accuracy,
+            "validation_loss": evaluation.validation_loss,
+            "validation_accuracy": evaluation.validation_accuracy,
+            "best_step": None if config.selection.patience is None else evaluation.step,
+            "stopped_early": stopped_early,
             "target_accuracy": config.training.target_accuracy,
             "target_loss": config.training.target_loss,
             "reached_target": reached_target,
@@ -124,3 +130,8 @@ class Report:
         if self._log is not None:
             times = {"train_seconds": self._watch.train_seconds, "wall_seconds": self._watch.wall_seconds}
             self._log.write(event, at.step, {"epoch": at.epoch, "samples": at.samples, **values, **times})
+
+
+def _figures(split: str, loss: float | None, accuracy: float | None) -> str:
+    told = "" if accuracy is None else f"{split} accuracy {100 * accuracy:6.2f} %   "
+    return f"{split} loss {number(loss)}   {told}"

@@ -9,13 +9,13 @@ import dataclasses
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
 from allreduce_sgd.config import Config, RunOptions
-from allreduce_sgd.errors import ConfigError, OutputError, counted
+from allreduce_sgd.errors import ConfigError, OutputError
 from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.preemption import Preemption
 from allreduce_sgd.resume import differences, find_checkpoint, fitting, resumed_config, saved_choice
@@ -27,17 +27,14 @@ if TYPE_CHECKING:
 
     from allreduce_sgd.comm.base import Communicator
     from allreduce_sgd.metrics import MetricsLog
+    from allreduce_sgd.preparation import Work
     from allreduce_sgd.strategies.base import Strategy
     from allreduce_sgd.strategies.server.loop import Server
     from allreduce_sgd.strategies.server.roles import Role
-    from allreduce_sgd.trainer import Trainer
 
 __all__ = ["PREEMPTED", "main", "run"]
 
 PREEMPTED = 75
-_DOWNLOAD_SECONDS = 30.0
-# For the other ranks, while one downloads: hours on a slow line, but not for ever.
-_DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 
 
 def run() -> int:
@@ -107,28 +104,14 @@ def _complain(problem: Exception) -> None:
 
 def _train(topology: Topology, config: Config, explicit: frozenset[str], preemption: Preemption) -> bool:
     """Train, and say whether it came to its end (else it was asked to stop, and has written a checkpoint)."""
-    import torch
-
-    from allreduce_sgd.checks import (
-        check_fit,
-        check_same_code,
-        check_same_configuration,
-        check_same_data,
-        check_shares,
-        check_strategy,
-        count_workers,
-        global_batch_size,
-        period_of,
-    )
+    from allreduce_sgd.checks import check_same_code, check_same_configuration, count_workers
     from allreduce_sgd.chrome_trace import check_trace_file
     from allreduce_sgd.comm.factory import connect
-    from allreduce_sgd.data.registry import load_dataset
-    from allreduce_sgd.data.sampling import build_sampler
+    from allreduce_sgd.console import announce, conclude, say
     from allreduce_sgd.gradients.sync_batch_norm import close_sync_batchnorm
     from allreduce_sgd.metrics import check_tensorboard, write_json
-    from allreduce_sgd.models.losses import build_loss
-    from allreduce_sgd.models.registry import build_model
     from allreduce_sgd.optim.schedule import build_schedule
+    from allreduce_sgd.preparation import prepare
     from allreduce_sgd.strategies.build import build_strategy
     from allreduce_sgd.strategies.server.build import build_server
     from allreduce_sgd.strategies.server.roles import divide
@@ -142,36 +125,10 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
         config = topology.agree(lambda: resumed_config(config, explicit, saved, checkpoint.world_size == topology.size))
     size = topology.size
     workers = topology.agree(lambda: count_workers(config, size))
-    torch.set_num_threads(config.training.threads or topology.threads_per_rank())
-    device = topology.agree(lambda: topology.choose_device(config.training.device))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    _download(topology, config)
-    dataset = topology.agree(lambda: load_dataset(config.data, config.training.seed))
-    check_same_data(topology, dataset)
-    batch = topology.agree(lambda: global_batch_size(config, workers, dataset, saved))
-    predicted = int(saved["predicted"]) if saved else config.strategy.predicted(workers, batch)
-    sampler = build_sampler(config.data.sampling, len(dataset.train), batch + predicted, config.training.seed)
-    total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
-    topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
-    torch.manual_seed(config.training.seed)
-    loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
-    model = topology.agree(
-        lambda: build_model(
-            config.model,
-            dataset.input_shape,
-            dataset.classes,
-            config.training.seed,
-            dataset.kind,
-            dataset.sparse_features,
-        )
-    ).to(device)
-    if topology.rank > 0:
-        # Rank 0 goes on with the generator that built the model, as a serial program does; the others draw their own.
-        torch.manual_seed(config.training.seed + 1_000_003 * topology.rank)
-    topology.agree(lambda: check_fit(model, loss, dataset, device))
-    topology.agree(lambda: check_strategy(config, topology.size, model))
-    period = topology.agree(lambda: period_of(config, total_steps, sampler.steps_per_epoch))
+    work = prepare(topology, config, saved, workers)
+    model, device = work.model, work.device
+    if work.gradient_check is not None:
+        say(topology, work.gradient_check)
     topology.agree(lambda: check_tensorboard(config.run.tensorboard))
     if config.run.trace is not None:
         trace = Path(config.run.trace)
@@ -198,7 +155,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
             precision = config.training.precision
             strategy = topology.agree(
                 lambda: build_strategy(
-                    *how, peers, period=period, role=role, compression=codec, precision=precision, seed=seed
+                    *how, peers, period=work.period, role=role, compression=codec, precision=precision, seed=seed
                 )
             )
         claimed = topology.agree(
@@ -218,18 +175,22 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
             return topology.broadcast(False)
         assert strategy is not None
         with log or contextlib.nullcontext():
-            schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps)
+            if config.probes.find_lr:
+                _find_learning_rate(topology, config, work, strategy, folder, preemption.asked)
+                preemption.settle()
+                return topology.broadcast(not preemption.asked())
+            schedule = build_schedule(config.optimizer, strategy.optimizer, work.total_steps)
             trainer = Trainer(
                 config,
                 peers,
                 device,
-                dataset,
-                loss,
+                work.dataset,
+                work.loss,
                 strategy,
                 schedule,
-                sampler,
-                total_steps,
-                predicted,
+                work.sampler,
+                work.total_steps,
+                work.predicted,
                 folder,
                 log,
                 preemption.asked,
@@ -238,15 +199,15 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
                 with fitting(checkpoint):
                     trainer.load_state_dict(saved, own)
                 told = differences(saved, config, comm)
-                _say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{told}")
-            _announce(topology, config, trainer, torch.get_num_threads(), folder)
+                say(topology, f"resumed from {checkpoint.folder} at step {trainer.step}{told}")
+            announce(topology, config, trainer, folder)
             summary = trainer.fit()
             preemption.settle()
             if summary is None:
-                _say(topology, f"stopped at step {trainer.step}; go on with --resume {folder}")
+                say(topology, f"stopped at step {trainer.step}; go on with --resume {folder}")
             elif topology.rank == 0:
                 write_json(folder / "summary.json", summary)
-                _conclude(summary, folder)
+                conclude(topology, summary, folder)
         return topology.broadcast(summary is not None)
     finally:
         if sys.exc_info()[0] is None:
@@ -266,21 +227,19 @@ def _serve(server: "Server", own: dict[str, Any] | None, folder: Path, config: C
     server.serve(lambda step: save(folder, step, {}, {"server": server.state_dict()}, keep, comm))
 
 
-def _download(topology: Topology, config: Config) -> None:
-    """Have one rank of each node fetch the data set's missing files, while the others wait."""
-    from allreduce_sgd.data.fetch import fetch, missing_files
-    from allreduce_sgd.data.files import data_folder
+def _find_learning_rate(
+    topology: Topology, config: Config, work: "Work", strategy: "Strategy", folder: Path, stop_asked: Callable[[], bool]
+) -> None:
+    """Try learning rates in place of training, and write what they did. All ranks that train call."""
+    from allreduce_sgd.console import say
+    from allreduce_sgd.probes.lr_finder import STEPS, find_learning_rate
+    from allreduce_sgd.probes.lr_finder_report import report_sweep
+    from allreduce_sgd.stepper import build_stepper
 
-    missing = topology.agree(lambda: missing_files(config.data))
-    if any(topology.gather_all(bool(missing))):
-        leader = topology.local_rank == 0
-
-        def fetch_missing() -> None:
-            if leader and missing:
-                show = topology.rank == 0 and sys.stderr.isatty()
-                fetch(missing, data_folder(config.data), show, _DOWNLOAD_SECONDS)
-
-        topology.agree(fetch_missing, _DOWNLOAD_WAIT_SECONDS)
+    stepper = build_stepper(config, strategy, work.device, work.dataset, work.loss, work.sampler, work.predicted)
+    sweep = find_learning_rate(stepper, config.training.steps or STEPS, stop_asked)
+    if topology.rank == 0:
+        say(topology, report_sweep(sweep, folder))
 
 
 def _convert(config: Config, model: "nn.Module", comm: "Communicator") -> None:
@@ -298,47 +257,6 @@ def _open_log(topology: Topology, config: Config, folder: Path) -> "MetricsLog |
     from allreduce_sgd.metrics import MetricsLog
 
     return MetricsLog(folder, config.run.tensorboard) if topology.rank == 0 else None
-
-
-def _say(topology: Topology, text: str) -> None:
-    if topology.rank == 0:
-        print(text, flush=True)
-
-
-def _announce(topology: Topology, config: Config, trainer: "Trainer", threads: int, folder: Path) -> None:
-    dataset, model = trainer.dataset, trainer.strategy.model
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    algorithm = f" {trainer.comm.algorithm}" if trainer.comm.algorithm else ""
-    ranks = f"{counted(topology.size, 'rank')} on {counted(topology.nodes, 'node')}"
-    _say(
-        topology,
-        f"{ranks}, {trainer.device}, {counted(threads, 'thread')} each, {trainer.comm.backend}{algorithm}, "
-        f"strategy {trainer.strategy.name}{', optimizer sharded' if trainer.strategy.sharded else ''}\n"
-        f"{dataset.name}: {len(dataset.train):,} training and {len(dataset.test):,} test samples; "
-        f"{config.model.model}: {parameters:,} parameters; {config.optimizer.optimizer}; "
-        f"mini-batch {trainer.global_batch_size}; {trainer.total_steps:,} steps\n"
-        f"results in {folder}",
-    )
-    if config.communication.verbose:
-        for index, n_bytes in enumerate(trainer.strategy.message_bytes()):
-            how = trainer.comm.describe_algorithm(n_bytes) or trainer.comm.backend
-            _say(topology, f"bucket {index}: {n_bytes:,} bytes by {how}")
-
-
-def _conclude(summary: dict[str, Any], folder: Path) -> None:
-    accuracy = summary["test_accuracy"]
-    result = f"test loss {summary['test_loss']:.4f}" if accuracy is None else f"test accuracy {100 * accuracy:.2f} %"
-    print(
-        f"{result} after {summary['steps']} steps, {summary['train_seconds']:.2f} s of training "
-        f"({summary['samples_per_second']:,.0f} samples/s, "
-        f"{summary['exposed_communication_seconds']:.2f} s waiting for communication)",
-        flush=True,
-    )
-    targets = [summary[name] for name in ("target_accuracy", "target_loss") if summary[name] is not None]
-    if targets:
-        reached = "reached" if summary["reached_target"] else "not reached"
-        print(f"target {', '.join(map(str, targets))} {reached}", flush=True)
-    print(f"summary: {folder / 'summary.json'}", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,11 @@ PACKAGE = "allreduce_sgd"
 # From the top down. What stands on one line may not import one another. "" is allreduce_sgd/__init__.py.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"", "train", "benchmarks"}),
-    frozenset({"trainer", "command_line", "start", "resume", "checks"}),
-    frozenset({"run_folder", "feed", "report", "toml_file"}),
-    frozenset({"config"}),
+    frozenset({"preparation", "console"}),
+    frozenset({"trainer", "command_line", "start", "resume", "checks", "probes"}),
+    frozenset({"stepper", "evaluator"}),
+    frozenset({"run_folder", "feed", "report", "toml_file", "selection"}),
+    frozenset({"config", "progress"}),
     frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "stopping", "preemption", "display", "trace"}),
     frozenset({"gradients", "optim", "chrome_trace"}),
     frozenset({"compression"}),
@@ -35,7 +37,9 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # Leaves hang beside the layers: they know nothing of communication, and only the modules that compose a run know them.
 LEAVES = frozenset({"data", "models", "user_code"})
 BELOW_LEAVES = frozenset({"errors", "options", "user_code"})
-ABOVE_LEAVES = frozenset({"config", "feed", "checks", "trainer", "train", "benchmarks"})
+ABOVE_LEAVES = frozenset(
+    {"config", "feed", "stepper", "evaluator", "checks", "probes", "trainer", "preparation", "train", "benchmarks"}
+)
 
 # Where a third-party module may be imported, as beginnings of paths within the package.
 HOMES = {

@@ -1,16 +1,20 @@
-"""Setting samples aside for testing where a data set has no test split of its own.
+"""Setting samples aside: for testing where a data set has no test split of its own, and for validation.
 
 The choice is the same in every run, whatever its seed, so that results on one data set compare.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from allreduce_sgd.data.split import Split
+from allreduce_sgd.data.split import Dataset, Samples, Split, Subset
+from allreduce_sgd.errors import ConfigError, counted
 
-__all__ = ["hold_out"]
+__all__ = ["hold_out", "hold_out_validation"]
 
 _SEED = 20_151
+_VALIDATION_SEED = 20_152
 
 
 def hold_out(samples: Split, test_fraction: float) -> tuple[Split, Split]:
@@ -29,6 +33,33 @@ def hold_out(samples: Split, test_fraction: float) -> tuple[Split, Split]:
         shuffled = members[torch.randperm(len(members), generator=generator)]
         in_test[shuffled[: round(len(members) * test_fraction)]] = True
     return _select(samples, ~in_test), _select(samples, in_test)
+
+
+def hold_out_validation(dataset: Dataset, fraction: float) -> Dataset:
+    """`dataset` with this share of its training samples, rounded, as its validation split instead.
+
+    They are drawn at random; of a text, whose samples follow one another, they are the last ones. Samples keep their
+    order within each part. Those that are in memory are copied, others are still made when they are asked for.
+
+    Raises:
+        ConfigError: either part would be empty.
+    """
+    samples = len(dataset.train)
+    held = round(samples * fraction)
+    if not 0 < held < samples:
+        raise ConfigError(
+            f"--validation-fraction {fraction:g}: of the {counted(samples, 'training sample')} of {dataset.name} it "
+            f"holds out {held}; at least one must be held out, and one left"
+        )
+    order = torch.arange(samples)
+    if dataset.vocabulary is None:
+        order = torch.randperm(samples, generator=torch.Generator().manual_seed(_VALIDATION_SEED))
+    kept, held_out = (part.sort().values for part in (order[: samples - held], order[samples - held :]))
+    return replace(dataset, train=_part(dataset.train, kept), validation=_part(dataset.train, held_out))
+
+
+def _part(samples: Samples, indices: Tensor) -> Samples:
+    return Split(*samples.batch(indices)) if isinstance(samples, Split) else Subset(samples, indices)
 
 
 def _select(samples: Split, mask: Tensor) -> Split:

@@ -42,6 +42,13 @@ class DataOptions:
         above=0.0,
         maximum=0.9,
     )
+    validation_fraction: float | None = option(
+        None,
+        "share of the training samples held out to judge the training by (see --patience and --lr-schedule plateau), "
+        "of a text its last part; the choice does not depend on --seed; not set: none",
+        above=0.0,
+        maximum=0.9,
+    )
     block_length: int = option(64, "characters per sample of text:FILE", minimum=1)
     density: float = option(
         0.01, "share of the features that each sample of synthetic-sparse has, at least one", above=0.0, maximum=1.0

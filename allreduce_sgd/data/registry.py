@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from allreduce_sgd.data.cifar10 import load_cifar10
 from allreduce_sgd.data.digits import load_digits
+from allreduce_sgd.data.holdout import hold_out_validation
 from allreduce_sgd.data.idx import load_idx_images
 from allreduce_sgd.data.npz import load_npz
 from allreduce_sgd.data.options import DataOptions
@@ -37,7 +38,7 @@ _CHOICES = (
 
 
 def load_dataset(options: DataOptions, seed: int) -> Dataset:
-    """Load, check and, if asked for, standardise the data set `options.dataset`; downloads nothing.
+    """Load, check and, if asked for, divide and standardise the data set `options.dataset`; downloads nothing.
 
     `seed` is the run's; only synthetic data depend on it. Every rank that calls this gets the same data.
 
@@ -45,6 +46,8 @@ def load_dataset(options: DataOptions, seed: int) -> Dataset:
         ConfigError: the name is unknown, files are missing or damaged, or samples are unfit for training.
     """
     dataset = _load(options, seed)
+    if options.validation_fraction is not None:
+        dataset = hold_out_validation(dataset, options.validation_fraction)
     default = options.dataset.lower() in _IMAGE_SETS
     wanted = default if options.standardize is None else options.standardize
     return standardized(dataset) if wanted else dataset

@@ -16,7 +16,7 @@ from allreduce_sgd.data.checks import check_samples
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.user_code import refusing
 
-__all__ = ["Dataset", "MapSplit", "MapStyle", "Samples", "Split"]
+__all__ = ["Dataset", "MapSplit", "MapStyle", "Samples", "Split", "Subset"]
 
 
 class Samples(Protocol):
@@ -105,8 +105,23 @@ class MapSplit:
 
 
 @dataclass(frozen=True, eq=False)
+class Subset:
+    """Those of `samples` that `indices` (n,) int64 name, in this order, made when they are asked for."""
+
+    samples: Samples
+    indices: Tensor
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The inputs (k, *input_shape) and targets (k, ...) of `indices` (k,) int64 into the subset; k may be 0."""
+        return self.samples.batch(self.indices[indices])
+
+
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """A checked data set.
+    """A checked data set. `validation` is what was held out of the training samples, None where nothing was.
 
     `classes` is None for a regression. `vocabulary` holds the characters of a text, at the positions of their codes.
     `sparse_features` is the number of features of sparse samples, whose inputs (k, 2) are pairs of index and value.
@@ -122,9 +137,10 @@ class Dataset:
     classes: int | None
     vocabulary: str | None = None
     sparse_features: int | None = None
+    validation: Samples | None = None
 
     def __post_init__(self) -> None:
-        for part, split in (("train", self.train), ("test", self.test)):
+        for part, split in self.splits.items():
             where = f"data set {self.name}, {part} split"
             if isinstance(split, Split):
                 check_samples(where, split.inputs, split.targets, self.classes)
@@ -135,6 +151,12 @@ class Dataset:
                 raise ConfigError(f"{where}: inputs have the shape {shape}; every dimension must be at least 1")
 
     @property
+    def splits(self) -> dict[str, Samples]:
+        """The splits that there are, by name."""
+        parts = {"train": self.train, "test": self.test, "validation": self.validation}
+        return {part: split for part, split in parts.items() if split is not None}
+
+    @property
     def kind(self) -> Literal["features", "tokens", "sparse"]:
         """Whether inputs are numbers to compute with, integer codes to look up, or pairs of index and value."""
         if self.sparse_features is not None:
@@ -142,8 +164,9 @@ class Dataset:
         return "features" if _nothing(self.train)[0].is_floating_point() else "tokens"
 
     def with_splits(self, change: Callable[[Samples], Samples]) -> "Dataset":
-        """The same data set with `change` applied to both splits."""
-        return replace(self, train=change(self.train), test=change(self.test))
+        """The same data set with `change` applied to all its splits."""
+        validation = None if self.validation is None else change(self.validation)
+        return replace(self, train=change(self.train), test=change(self.test), validation=validation)
 
 
 def _nothing(split: Samples) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ def standardized(dataset: Dataset) -> Dataset:
         ConfigError: its inputs are tokens or sparse, or are made sample by sample by the user's own data set.
     """
     train = dataset.train
-    if not isinstance(train, Split) or not isinstance(dataset.test, Split):
+    if not isinstance(train, Split) or not all(isinstance(split, Split) for split in dataset.splits.values()):
         raise ConfigError(f"--standardize with --dataset {dataset.name}: a map-style data set must do this itself")
     if dataset.kind != "features":
         what = "integers" if dataset.kind == "tokens" else "pairs of index and value"

@@ -6,7 +6,7 @@ from allreduce_sgd.options import option
 
 __all__ = ["LR_SCHEDULES", "OptimizerOptions"]
 
-LR_SCHEDULES = ("constant", "cosine", "linear", "step")
+LR_SCHEDULES = ("constant", "cosine", "linear", "step", "plateau")
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,20 @@ class OptimizerOptions:
     eps: float | None = option(None, "the term that keeps the optimizer's division finite", above=0)
     lr_schedule: str = option(
         "constant",
-        "course of the learning rate over the whole run: constant, cosine or linear down to 0, or step (divided by 10 "
-        "at one half and at three quarters of the run)",
+        "course of the learning rate over the whole run: constant, cosine or linear down to 0, step (divided by 10 "
+        "at one half and at three quarters of the run), or plateau (falls where the loss does not; see "
+        "--plateau-patience)",
         choices=LR_SCHEDULES,
+    )
+    lr_decay: float | None = option(
+        None, "factor by which the learning rate falls: of plateau 0.1 where it is not set", above=0
+    )
+    plateau_patience: int | None = option(
+        None,
+        "how many looks in a row at a loss that is not a new best one plateau puts up with before the learning rate "
+        "falls: with --validation-fraction at the validation loss of every evaluation, else at the training loss of "
+        "every epoch; not set: 5",
+        minimum=0,
     )
     warmup_steps: int = option(0, "steps over which the learning rate first rises linearly from 0", minimum=0)
     clip_norm: float | None = option(None, "scale gradients down to this global L2 norm if they are larger", above=0)

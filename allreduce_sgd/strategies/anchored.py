@@ -51,6 +51,7 @@ class Anchored(Strategy):
     """
 
     signal = "parameters"
+    replicated = False
 
     def __init__(
         self,

@@ -65,6 +65,8 @@ class Strategy(ABC):
     """The optimizer, where every rank has only its share of it."""
     pace: Pace | None = None
     """What hands out mini-batches where every rank takes them at its own speed; None: all ranks step together."""
+    replicated: bool = True
+    """Whether all ranks have the same parameters after every step."""
     servers: int = 0
     """How many ranks beside those of `comm` serve parameters."""
 

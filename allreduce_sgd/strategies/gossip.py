@@ -52,6 +52,7 @@ class Gossip(Strategy):
     name = "gossip"
     consensus_kind = "the average of all ranks' models"
     signal = "parameters"
+    replicated = False
 
     def __init__(
         self,

@@ -105,6 +105,8 @@ class Hogwild(Strategy):
 
     name = "hogwild"
     consensus_kind = "the shared parameters"
+    # One memory, which ranks see at different times.
+    replicated = False
 
     def __init__(
         self,

@@ -18,16 +18,16 @@ from tests.test_train import lines_of, summary_of
 # The model of tests/faults/victims.py cannot: on the other host nobody knows its environment but by MPI's launcher.
 CUT = """
 import subprocess, sys
-from allreduce_sgd import train, trainer
+from allreduce_sgd import stepper, train
 
-take_step = trainer.Trainer._take_step
+take_step = stepper.Stepper._take
 
 def cut_and_take_step(self, step, *arguments):
-    if step == 5 and self.comm.rank == 1:
+    if step == 5 and self._comm.rank == 1:
         subprocess.Popen(["sh", "-c", sys.argv[1]], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     take_step(self, step, *arguments)
 
-trainer.Trainer._take_step = cut_and_take_step
+stepper.Stepper._take = cut_and_take_step
 sys.exit(train.main(sys.argv[2:]))
 """
 

@@ -50,6 +50,7 @@ class Served(Strategy):
         super().__init__(model, optimizer, role.peers, clip_norm, scaling)
         self.name = name
         self.servers = role.servers
+        self.replicated = not asynchronous
         self._vectors = Vectors(model, len(role.holders))
         self._line = Line(role, self._vectors, compression, seed)
         self.pace = ServedPace(self._line.post, role.holders[0], role.peers) if asynchronous else None
