@@ -243,8 +243,14 @@ def _reconciled(config: Config) -> Config:
             "--check-finite: with --precision fp16 gradients overflow now and then, and those steps are skipped; a run "
             "that does not get over it stops by itself"
         )
+    config.optimizer.check()
     _check_strategy(config)
     _check_selection(config)
+    name = config.optimizer.optimizer.lower()
+    if codec == "dgc" and momentum is None and name in _MOMENTUM:
+        raise ConfigError(f"--optimizer {name}: --compression dgc has its own momentum; take sgd, or --momentum 0")
+    if codec != "none" and name == "newton":
+        raise ConfigError(f"--compression {codec}: a step of newton takes several exact gradients; choose none")
     if codec == "dgc" and momentum:
         raise ConfigError(f"--momentum {momentum:g}: --compression dgc has its own; set --compression-momentum instead")
     if codec == "dgc" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
@@ -291,7 +297,7 @@ def _check_strategy(config: Config) -> None:
 
 def _check_selection(config: Config) -> None:
     """Raise ConfigError where what goes by evaluations, or averages the model, lacks what it needs."""
-    selection, optimizer = config.selection, config.optimizer
+    selection = config.selection
     if selection.patience is not None and config.data.validation_fraction is None:
         raise ConfigError(
             f"--patience {selection.patience}: it goes by the validation loss; hold samples out for it with "
@@ -301,18 +307,11 @@ def _check_selection(config: Config) -> None:
         raise ConfigError(f"--min-delta {selection.min_delta:g}: it belongs to --patience, which is not set")
     if selection.ema is not None and selection.swa is not None:
         raise ConfigError(f"--ema {selection.ema:g}: --swa averages the model already; take one of the two")
-    if optimizer.lr_schedule == "plateau":
-        if optimizer.lr_decay is not None and optimizer.lr_decay >= 1:
-            raise ConfigError(f"--lr-decay {optimizer.lr_decay:g}: --lr-schedule plateau needs a factor below 1")
-    elif optimizer.plateau_patience is not None:
-        raise ConfigError(
-            f"--plateau-patience {optimizer.plateau_patience}: --lr-schedule {optimizer.lr_schedule} has no use for "
-            f"it, only plateau"
-        )
     if config.probes.find_lr and config.run.resume is not None:
         raise ConfigError("--find-lr: it tries rates on a model at its start; leave out --resume")
 
 
+_MOMENTUM = ("heavy-ball", "nesterov", "lars")
 _STATISTICS = ("sync", "delayed", "dmb", "server-sync")
 _NO_CODEC = {
     "adasum": "combines whole gradients",

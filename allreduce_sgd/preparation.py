@@ -39,7 +39,10 @@ _DOWNLOAD_WAIT_SECONDS = 6 * 3600.0
 
 @dataclass(frozen=True)
 class Work:
-    """What every rank of a run has alike; `predicted` samples of each step are only predicted (method dmb)."""
+    """What every rank of a run has alike.
+
+    A step learns from `batch` samples of all ranks; further `predicted` ones are only predicted (method dmb).
+    """
 
     device: torch.device
     dataset: Dataset
@@ -47,6 +50,7 @@ class Work:
     model: nn.Module
     sampler: Sampler
     total_steps: int
+    batch: int
     predicted: int
     period: Period
     gradient_check: str | None
@@ -92,7 +96,7 @@ def prepare(topology: Topology, config: Config, saved: dict[str, Any], workers: 
     elements, told = config.probes.check_gradients, None
     if elements is not None:
         told = check_gradients(topology, model, loss, dataset, device, elements, training.seed)
-    return Work(device, dataset, loss, model, sampler, total_steps, predicted, period, told)
+    return Work(device, dataset, loss, model, sampler, total_steps, batch, predicted, period, told)
 
 
 def _download(topology: Topology, config: Config) -> None:

@@ -179,7 +179,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
                 _find_learning_rate(topology, config, work, strategy, folder, preemption.asked)
                 preemption.settle()
                 return topology.broadcast(not preemption.asked())
-            schedule = build_schedule(config.optimizer, strategy.optimizer, work.total_steps)
+            schedule = build_schedule(config.optimizer, strategy.optimizer, work.total_steps, work.batch)
             trainer = Trainer(
                 config,
                 peers,
