@@ -5,14 +5,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from allreduce_sgd.data.label_counts import label_counts
 from allreduce_sgd.data.sampling import evaluation_share, share
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.metrics import Tally
-from allreduce_sgd.models.losses import Loss
+from allreduce_sgd.models.losses import Loss, build_loss
+from allreduce_sgd.models.options import ModelOptions
 from allreduce_sgd.strategies.base import Share
 from allreduce_sgd.strategies.precision import autocast
 
-__all__ = ["Feed"]
+__all__ = ["Feed", "loss_for"]
 
 _EVALUATION_BATCH = 512
 
@@ -79,3 +81,21 @@ class Feed:
         with autocast(self._precision, self._device):
             outputs = model(inputs)
             return outputs, targets, loss(outputs, targets)
+
+
+def loss_for(options: ModelOptions, dataset: Dataset) -> Loss:
+    """Return the loss to train by, weighted as the labels of the training set say.
+
+    Raises:
+        ConfigError: the options do not suit one another or the data set.
+    """
+    weighted = options.class_weights is not None or dataset.ignore_index is not None
+    return build_loss(
+        options.loss,
+        options.model,
+        dataset.classes,
+        options.label_smoothing,
+        options.class_weights,
+        dataset.ignore_index,
+        label_counts(dataset) if weighted and dataset.classes is not None else None,
+    )

@@ -122,12 +122,11 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
     )
     from allreduce_sgd.chrome_trace import check_trace_file
     from allreduce_sgd.comm.factory import connect
-    from allreduce_sgd.data.label_counts import label_counts
     from allreduce_sgd.data.registry import load_dataset
     from allreduce_sgd.data.sampling import build_sampler
+    from allreduce_sgd.feed import loss_for
     from allreduce_sgd.gradients.sync_batch_norm import close_sync_batchnorm
     from allreduce_sgd.metrics import check_tensorboard, write_json
-    from allreduce_sgd.models.losses import build_loss
     from allreduce_sgd.models.registry import build_model
     from allreduce_sgd.optim.schedule import build_schedule
     from allreduce_sgd.strategies.build import build_strategy
@@ -156,19 +155,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
     topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
     torch.manual_seed(config.training.seed)
-    weighted = dataset.classes is not None and (config.model.class_weights or dataset.ignore_index is not None)
-    counts = topology.agree(lambda: label_counts(dataset) if weighted else None)
-    loss = topology.agree(
-        lambda: build_loss(
-            config.model.loss,
-            config.model.model,
-            dataset.classes,
-            config.model.label_smoothing,
-            config.model.class_weights,
-            dataset.ignore_index,
-            counts,
-        )
-    )
+    loss = topology.agree(lambda: loss_for(config.model, dataset))
     model = topology.agree(
         lambda: build_model(
             config.model,

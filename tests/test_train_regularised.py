@@ -12,9 +12,9 @@ from tests.test_train import summary_of, train_all
 # Everything at once: a third of the labels are ignored, the others of very different frequency.
 REGULARISED = (
     "--model cnn --augment crop,flip,cutout --label-smoothing 0.1 --class-weights balanced --ignore-index -100 "
-    "--global-batch-size 24 --steps 7 --lr 0.02 --batch-norm"
+    "--global-batch-size 20 --steps 7 --lr 0.02 --batch-norm"
 ).split()
-SPAM = "--model sparse-logistic --hash-features 4096 --lr 2 --momentum 0 --epochs 8".split()
+SPAM = "--model sparse-logistic --hash-features 4096 --lr 2 --momentum 0 --batch-size 8 --epochs 8".split()
 RANKS = (1, 2, 3)
 
 
@@ -26,18 +26,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     targets = np.minimum(random.integers(0, 9, 100), 3)
     inputs = random.integers(0, 256, (100, 1, 12, 12), np.uint8)
     targets[random.random(100) < 0.3] = -100
-    np.savez(folder / "images.npz", inputs=inputs, targets=targets)
-    write_spam(folder / "spam.csv", 600)
+    arrays = inputs[:72], targets[:72], inputs[72:], targets[72:]
+    np.savez(folder / "images.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays, strict=True)))
+    write_spam(folder / "spam.csv", 400)
     images = ["--dataset", f"npz:{folder / 'images.npz'}", *REGULARISED]
     spam = ["--dataset", f"csv:{folder / 'spam.csv'}", *SPAM]
     for ranks in RANKS:
         flags = {
             "shared": [*images, "--sync-batch-norm"],
             "virtual": [*images, "--virtual-ranks", "6"],
-            "sync": [*spam, "--global-batch-size", "16"],
         }
         if ranks == 2:
-            flags["hogwild"] = [*spam, "--batch-size", "8", "--strategy", "hogwild"]
+            flags |= {strategy: [*spam, "--strategy", strategy] for strategy in ("sync", "hogwild")}
         train_all(ranks, [[*each, "--output", str(folder / f"{ranks}-{name}")] for name, each in flags.items()])
     return folder
 
@@ -54,9 +54,9 @@ def test_virtual_ranks_train_to_the_same_bits(runs: Path) -> None:
     assert len({each["test_loss"] for each in summaries}) == 1
 
 
-@pytest.mark.parametrize("name", ["1-sync", "2-sync", "3-sync", "2-hogwild"])
-def test_spam_is_told_from_ham(runs: Path, name: str) -> None:
-    assert summary_of(runs / name)["test_accuracy"] > 0.95
+@pytest.mark.parametrize("strategy", ["sync", "hogwild"])
+def test_spam_is_told_from_ham(runs: Path, strategy: str) -> None:
+    assert summary_of(runs / f"2-{strategy}")["test_accuracy"] > 0.95
 
 
 MISTAKES = [
