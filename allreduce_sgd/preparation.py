@@ -24,7 +24,8 @@ from allreduce_sgd.data.files import data_folder
 from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.data.sampling import Sampler, build_sampler
 from allreduce_sgd.data.split import Dataset
-from allreduce_sgd.models.losses import Loss, build_loss
+from allreduce_sgd.feed import loss_for
+from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.models.registry import build_model
 from allreduce_sgd.probes.gradient_check import check_gradients
 from allreduce_sgd.strategies.period import Period
@@ -76,7 +77,7 @@ def prepare(topology: Topology, config: Config, saved: dict[str, Any], workers: 
     total_steps = training.steps or (training.epochs or 20) * sampler.steps_per_epoch
     topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
     torch.manual_seed(training.seed)
-    loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
+    loss = topology.agree(lambda: loss_for(config.model, dataset))
     model = topology.agree(
         lambda: build_model(
             config.model,

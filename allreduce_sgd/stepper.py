@@ -83,7 +83,8 @@ class Stepper:
         """Take the part of a step that a ticket gives to this rank alone."""
         epoch, position = divmod(ticket.step, self.steps_per_epoch)
         indices = self.sampler.indices(epoch, position, ticket.part, self._comm.size)
-        self._take(ticket.step, self.feed.share(indices, self.sampler.global_count(position)))
+        count, visit = self.sampler.global_count(position), self.sampler.visit(epoch, position)
+        self._take(ticket.step, self.feed.share(indices, count, visit=visit))
 
     def tickets(self, pace: Pace, stop_asked: Callable[[], bool] = lambda: False) -> Iterator[Ticket]:
         """Yield the tickets of the stretch that `pace` has open, to be taken one by one, and report after each."""
@@ -115,18 +116,19 @@ class Stepper:
     def _share(self, epoch: int, position: int) -> Share:
         """Return this rank's share of a mini-batch; in method dmb what exceeds the batch is only predicted."""
         rank, size = self._comm.rank, self._comm.size
+        visit = self.sampler.visit(epoch, position)
         count = self.sampler.global_count(position)
         learnt = min(count, self.global_batch_size)
         if self.virtual_ranks is not None:
             indices, each = self.sampler.indices(epoch, position, 0, 1), self.virtual_ranks
             own = [share(count, virtual, size * each) for virtual in range(rank * each, (rank + 1) * each)]
-            shards = [self.feed.share(indices[part], count) for part in own]
+            shards = [self.feed.share(indices[part], count, visit=visit) for part in own]
             return Share([], sum(shard.samples for shard in shards), count, shards=shards)
         if learnt == count:
-            return self.feed.share(self.sampler.indices(epoch, position, rank, size), count)
+            return self.feed.share(self.sampler.indices(epoch, position, rank, size), count, visit=visit)
         indices = self.sampler.indices(epoch, position, 0, 1)
         predicted = indices[learnt:][share(count - learnt, rank, size)]
-        return self.feed.share(indices[:learnt][share(learnt, rank, size)], learnt, predicted)
+        return self.feed.share(indices[:learnt][share(learnt, rank, size)], learnt, predicted, visit=visit)
 
 
 def build_stepper(

@@ -31,10 +31,10 @@ from allreduce_sgd.data.sampling import build_sampler
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.failure import install_excepthooks
-from allreduce_sgd.feed import Feed
+from allreduce_sgd.feed import Feed, loss_for
 from allreduce_sgd.gradients.replicate import common_sha256
 from allreduce_sgd.metrics import MetricsLog, Tally, write_json
-from allreduce_sgd.models.losses import Loss, build_loss
+from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.models.registry import build_model
 from allreduce_sgd.optim.build import build_optimizer
 from allreduce_sgd.optim.schedule import build_schedule
@@ -87,7 +87,7 @@ def _train(topology: Topology, config: Config) -> None:
     seed = config.training.seed
     dataset = topology.agree(lambda: load_dataset(config.data, seed))
     torch.manual_seed(seed)
-    loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
+    loss = topology.agree(lambda: loss_for(config.model, dataset))
     model = topology.agree(
         lambda: build_model(
             config.model, dataset.input_shape, dataset.classes, seed, dataset.kind, dataset.sparse_features
@@ -147,6 +147,8 @@ def _fit(
                 count = sampler.global_count(position)
                 indices = sampler.indices(epoch, position, comm.rank, comm.size)
                 inputs, targets = (part.to(device) for part in dataset.train.batch(indices))
+                if dataset.augmentation is not None:
+                    inputs = dataset.augmentation(inputs, indices, sampler.visit(epoch, position))
                 optimizer.zero_grad()
                 mean_loss: Tensor = loss(replica(inputs), targets) if len(indices) else replica(inputs).sum()
                 weight = len(indices) * comm.size / count

@@ -68,6 +68,8 @@ HUGE = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, 1000), }\n" % 10
 NO_BYTES = b"{'descr': '<f4', 'fortran_order': False, 'shape': (%d, 0), }\n" % 10**12
 CALL = b"{'descr': '<f4', 'fortran_order': print(), 'shape': (1,), }\n"
 TEXT = ("Grüße, 世界! " * 20).encode()
+MAILS = b"label,text\n" + b'spam,"win a ""prize"" now"\nham,see you tomorrow\n' * 10
+NUMBERS = b"a,b,label\n" + b"1,2.5,0\n-3,1e-5,1\n" * 10
 PIXELS, CIFAR_LABELS = cifar_batches(2)["test_batch"]
 BATCH = cifar_binary(PIXELS, CIFAR_LABELS)
 
@@ -175,7 +177,44 @@ def test_text(tmp_path: Path, content: bytes) -> None:
     refuses_in_one_line(load(f"text:{path}", tmp_path))
 
 
-@pytest.mark.parametrize("case", ["idx header", "idx.gz", "cifar.gz", "cifar.tar.gz", "npz header", "npz zeros"])
+@fuzz(60)
+@given(st.sampled_from((MAILS, NUMBERS)), st.data())
+@example(b"", None)
+@example(b"text,label\n", None)
+@example(b"\xef\xbb\xbftext,label\n" + b"a,1\n" * 20, None)
+@example(b"text,label\na,1\r" * 20, None)
+@example(b'text,label\n"' + b"a,1\n" * 50_000, None)
+@example(b"text,label\n" + b"a" * 1_000_000 + b",1\na,0\n", None)
+@example(b"text,label\n" + b"".join(b"w%d,%d\n" % (n, n) for n in range(2000)), None)
+@example(b"text,label\n" + b"".join(b"w%d " % n for n in range(100_000)) + b",0\n" + b",1\n" * 30_000, None)
+@example(b"," * 100_000 + b"label\n" + b"1," * 100_000 + b"1\n", None)
+@example(b"a,label\n" + b"1,1e308\n1,-1e308\n" * 20, None)
+@example(b"a,label\n" + b"\0,\0\n" * 20, None)
+@example(b"a\x1b\x0b,b\n1,2\n", None)
+def test_csv(tmp_path: Path, content: bytes, data: st.DataObject | None) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content if data is None else data.draw(st.one_of(damaged(content), st.binary(max_size=100))))
+    with bounded_memory(MOST_BYTES):
+        refuses_in_one_line(load(f"csv:{path}", tmp_path))
+
+
+@fuzz(20)
+@given(st.one_of(st.binary(max_size=300), damaged(TEXT)))
+@example(b"")
+@example(b"\0" * 500)
+@example(" ".join(f"w{number}" for number in range(100_000)).encode())
+def test_text_folder(tmp_path: Path, content: bytes) -> None:
+    for number in range(12):
+        path = tmp_path / "ab"[number % 2] / f"{number}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content if number == 3 else b"some text")
+    with bounded_memory(MOST_BYTES):
+        refuses_in_one_line(load(f"text-folder:{tmp_path}", tmp_path))
+
+
+@pytest.mark.parametrize(
+    "case", ["idx header", "idx.gz", "cifar.gz", "cifar.tar.gz", "npz header", "npz zeros", "csv.gz"]
+)
 def test_an_announced_size_is_not_allocated(tmp_path: Path, case: str) -> None:
     """A header that announces gigabytes, or a short file that unpacks to them."""
     many = b"\0" * (1 << 20)
@@ -199,6 +238,9 @@ def test_an_announced_size_is_not_allocated(tmp_path: Path, case: str) -> None:
         case "npz header":
             dataset = f"npz:{tmp_path / 'a.npz'}"
             (tmp_path / "a.npz").write_bytes(zip_of({"inputs.npy": npy(HUGE, many), "targets.npy": npy(HUGE, many)}))
+        case "csv.gz":
+            dataset = f"csv:{tmp_path / 'a.csv.gz'}"
+            (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text,label\n" + many * 64) + gzip.compress(many) * 1024)
         case "npz zeros":
             # Longer than its header announces.
             short = b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 1), }\n"
