@@ -17,9 +17,9 @@ PACKAGE = "allreduce_sgd"
 
 # From the top down. What stands on one line may not import one another. "" is allreduce_sgd/__init__.py.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"", "train", "benchmarks"}),
+    frozenset({"", "train", "sweep", "benchmarks"}),
     frozenset({"trainer", "command_line", "start", "resume", "checks"}),
-    frozenset({"run_folder", "feed", "report", "toml_file"}),
+    frozenset({"run_folder", "feed", "report", "toml_file", "toml_table", "mpirun"}),
     frozenset({"config"}),
     frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "stopping", "preemption", "display", "trace"}),
     frozenset({"gradients", "optim", "chrome_trace"}),
