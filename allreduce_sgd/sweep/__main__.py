@@ -285,10 +285,11 @@ def _run(
         try:
             Runner(spec, trials, output, results, shared, given.ranks_per_trial, launcher, bind, lock, stop).run()
         except Stopped as stopped:
-            _report(spec, trials, output, results)
+            # Without the picture: whoever stops a sweep may not wait for long.
+            _report(spec, trials, output, results, picture=False)
             print(f"stopped; go on with --resume {output}", flush=True)
             return stopped.status
-    _report(spec, trials, output, results)
+    _report(spec, trials, output, results, picture=can_draw())
     best = outcomes(spec, trials, results)[0]
     if best.value is None:
         return _complain(OutputError(f"all trials failed; the first: {best.error}"), 1)
@@ -297,8 +298,8 @@ def _run(
     return 0
 
 
-def _report(spec: Spec, trials: Sequence[Trial], output: Path, results: Results) -> None:
-    """Write the table and the picture of what has ended, and print the table."""
+def _report(spec: Spec, trials: Sequence[Trial], output: Path, results: Results, picture: bool) -> None:
+    """Write the table, and where wanted the picture, of what has ended, and print the table."""
     found = outcomes(spec, trials, results)
     if not found:
         return
@@ -307,7 +308,7 @@ def _report(spec: Spec, trials: Sequence[Trial], output: Path, results: Results)
     try:
         replace_file(output / "table.md", markdown)
         replace_file(output / "table.csv", as_csv(spec, found))
-        if can_draw():
+        if picture:
             draw(spec, found, output / "parallel.png")
     except OSError as problem:
         raise OutputError(f"cannot write into {output}: {problem.strerror}") from problem

@@ -1,8 +1,8 @@
 """The picture of a sweep: parallel coordinates, where a trial is a line through its values on the axes.
 
-The last axis is the metric, and the line's colour too: cividis, whose lightness grows evenly, so that it reads the same
-in greyscale and to colour-blind readers. Trials that failed end at the last parameter, dotted; those that halving
-dropped cross its axis at where they stopped, and their metric is the one that they had there.
+The last axis is the metric, and the line's colour too: the better, the darker, in cividis, whose lightness changes
+evenly, so that it reads the same in greyscale and to colour-blind readers. Trials that failed end before that axis,
+dotted; with halving an axis says how far trials came, and their metric is the one that they had there.
 """
 
 import importlib.util
@@ -87,7 +87,8 @@ def draw(spec: Spec, outcomes: Sequence[Outcome], path: Path) -> None:
     for side in plot.spines.values():
         side.set_visible(False)
     if len(set(values)) > 1:
-        figure.colorbar(ScalarMappable(scale, shades), ax=plot, label=metric.replace("\n", " "), fraction=0.05, pad=0.02)
+        label = metric.replace("\n", " ")
+        figure.colorbar(ScalarMappable(scale, shades), ax=plot, label=label, fraction=0.05, pad=0.02)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
 
 

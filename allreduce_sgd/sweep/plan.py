@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allreduce_sgd.command_line import parse, words
+from allreduce_sgd.command_line import words
+from allreduce_sgd.config import config_from
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.sweep.search import Trial
 from allreduce_sgd.sweep.spec import Spec, Value
@@ -63,7 +64,7 @@ def seeds_of(spec: Spec, trial: Trial) -> tuple[int, ...]:
 def check_flags(spec: Spec, trial: Trial) -> str | None:
     """Return why the trainer refuses the trial, as far as it tells by its flags; None where it does not."""
     try:
-        parse(words(flags_of(spec, trial, seeds_of(spec, trial)[0])))
+        config_from(flags_of(spec, trial, seeds_of(spec, trial)[0]))
     except ConfigError as problem:
         return str(problem)
     return None

@@ -26,7 +26,8 @@ __all__ = ["Process", "last_error", "python_of_trials"]
 _PR_SET_PDEATHSIG = 1
 _KILL_SECONDS = 5.0
 _LOG_TAIL_BYTES = 65536
-_ERROR = re.compile(r"^\S.*(: error: |\b[A-Z]\w*(Error|Exception|Interrupt|Timeout|Exit)\b)|: error: ")
+# Of the trainer for a mistake, and Python's at the end of a traceback, whose other lines are indented.
+_ERROR = re.compile(r"\S.*: error: |(?!\s).*\b[A-Z]\w*(Error|Exception|Interrupt|Timeout|Exit)\b")
 _LONGEST_ERROR = 300
 
 
@@ -113,13 +114,11 @@ def last_error(log: Path, start: int) -> str:
         file.seek(0, os.SEEK_END)
         file.seek(max(start, file.tell() - _LOG_TAIL_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
-    said = [line.strip() for line in lines if line.strip() and not line.startswith("$ ")]
-    errors = [line for line in said if _ERROR.search(line)]
-    line = (errors or said or [""])[-1]
-    # That of one mistake is told by one rank, in the same words as without a sweep.
-    return "".join(each if each.isprintable() else " " for each in line.partition(": error: ")[2] or line)[
-        :_LONGEST_ERROR
-    ]
+    said = [line.rstrip() for line in lines if line.strip() and not line.startswith("$ ")]
+    errors = [line for line in said if _ERROR.match(line)]
+    line = (errors or said or [""])[-1].strip()
+    told = line.partition(": error: ")[2] or line
+    return "".join(each if each.isprintable() else " " for each in told)[:_LONGEST_ERROR]
 
 
 def _environment(environment: Mapping[str, str], launcher: Launcher | None, place: Place, bind: bool) -> dict[str, str]:

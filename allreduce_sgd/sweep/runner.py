@@ -154,8 +154,9 @@ class Runner:
             self._wait(_LOOK_SECONDS)
             for job, process, status in self._gone():
                 if not self._ended(job, process, status, progress):
-                    # As schedulers do that signal all processes of a job.
+                    # By somebody else: as schedulers do that signal all processes of a job.
                     self._stop.signals.append(signal.SIGUSR1)
+                    waiting.appendleft(job)
 
     def _settled(self, job: Job, progress: Progress) -> bool:
         """Say whether there is nothing to run, since the job has a result, or comes to one without running."""
