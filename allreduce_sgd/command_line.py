@@ -12,7 +12,10 @@ from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.run_folder import resumed_folder
 from allreduce_sgd.toml_file import load_toml
 
-__all__ = ["build_parser", "parse", "read_toml"]
+__all__ = ["Flags", "build_parser", "parse", "read_toml", "words"]
+
+Flags = Mapping[str, str | int | float | bool]
+"""Options of the trainer by name; True and False stand for a flag and its --no- form."""
 
 _DESCRIPTION = """\
 Train a model with data-parallel SGD on all ranks that the launcher started:
@@ -98,6 +101,20 @@ def parse(arguments: Sequence[str]) -> tuple[Config, frozenset[str]]:
                     if other not in flags:
                         values.pop(other, None)
     return config_from({**values, **flags}), frozenset(flags)
+
+
+def words(flags: Flags) -> list[str]:
+    """Return the flags as words of a command line."""
+    line = []
+    for name, value in flags.items():
+        match value:
+            case True:
+                line += [f"--{name}"]
+            case False:
+                line += [f"--no-{name}"]
+            case _:
+                line += [f"--{name}", str(value)]
+    return line
 
 
 def read_toml(path: Path, flag: str) -> dict[str, Any]:

@@ -25,9 +25,21 @@ from allreduce_sgd.probes.options import ProbeOptions
 from allreduce_sgd.selection.options import SelectionOptions
 from allreduce_sgd.strategies.options import BELONGS, LOCAL, StrategyOptions
 
-__all__ = ["Config", "Option", "RunOptions", "TrainingOptions", "check_text", "config_from", "options", "to_toml"]
+__all__ = [
+    "OF_ONE_RUN",
+    "Config",
+    "Option",
+    "RunOptions",
+    "TrainingOptions",
+    "check_text",
+    "config_from",
+    "options",
+    "to_toml",
+]
 
 PRECISIONS = ("fp32", "bf16", "fp16")
+# What neither a resumed run nor one made from a config.toml takes over.
+OF_ONE_RUN = ("output", "resume", "pause-after-steps", "pause-after-epochs")
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,15 @@ class RunOptions:
         metavar="DIR",
     )
     checkpoint_every: int | None = option(None, "steps between two checkpoints; not set: one at the end", minimum=1)
+    pause_after_steps: int | None = option(
+        None,
+        "evaluate, write a checkpoint and stop after so many steps, with status 75: the first part of the run that "
+        "--steps or --epochs describes, whose learning rate takes its course to that end; go on with --resume",
+        minimum=1,
+    )
+    pause_after_epochs: int | None = option(
+        None, "the same after so many passes over the training set, instead of --pause-after-steps", minimum=1
+    )
     keep_checkpoints: int = option(3, "how many of the latest checkpoints to keep", minimum=1)
     grace_seconds: float = option(
         30.0,
@@ -228,7 +249,11 @@ def config_from(values: Mapping[str, Any]) -> Config:
     }
     config = Config(**built)
     flat = config.flat()
-    pairs = ("epochs", "steps"), ("batch-size", "global-batch-size")
+    pairs = (
+        ("epochs", "steps"),
+        ("batch-size", "global-batch-size"),
+        ("pause-after-steps", "pause-after-epochs"),
+    )
     for first, second in (*pairs, ("full-batch", "batch-size"), ("full-batch", "global-batch-size")):
         if flat[first] and flat[second] is not None:
             raise ConfigError(f"--{first} and --{second}: give one of the two, not both")
@@ -323,8 +348,8 @@ _NO_CODEC = {
 def to_toml(config: Config) -> str:
     """Return the complete configuration as TOML that `--config` reads back to an equal one.
 
-    What is not set, and the folders of this one run (`output`, `resume`), stand as comments, so that the file can be
-    run again.
+    What is not set, and what belongs to this one run (its folders `output` and `resume`, where it pauses), stand as
+    comments, so that the file can be run again.
     """
     lines: list[str] = []
     title = None
@@ -336,5 +361,5 @@ def to_toml(config: Config) -> str:
             lines.append(f"# {each.name} is not set")
             continue
         line = tomli_w.dumps({each.name: value}).rstrip("\n")
-        lines.append(f"# {line}" if each.name in ("output", "resume") else line)
+        lines.append(f"# {line}" if each.name in OF_ONE_RUN else line)
     return "\n".join(lines[1:]) + "\n"

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from allreduce_sgd.config import Config, config_from, options
+from allreduce_sgd.config import OF_ONE_RUN, Config, config_from, options
 from allreduce_sgd.errors import CommunicationError, ConfigError, quoted
 from allreduce_sgd.strategies.options import OUTER
 
@@ -21,7 +21,7 @@ _CHANGEABLE = frozenset(
     "resume output epochs steps target-accuracy target-loss evaluate-every log-every checkpoint-every keep-checkpoints "
     "tensorboard trace backend algorithm deterministic verbose timeout-seconds device threads data-dir shard-optimizer "
     "find-unused-parameters static-graph check-finite check-sync check-gradients grace-seconds straggler noise-scale "
-    "patience min-delta plateau-patience".split()
+    "patience min-delta plateau-patience pause-after-steps pause-after-epochs".split()
 )
 _BUCKET_SIZES = frozenset({"bucket-mb", "first-bucket-mb"})
 # What of a checkpoint no load_state_dict of torch's judges: its type, and the least number.
@@ -90,7 +90,7 @@ def resumed_config(config: Config, explicit: frozenset[str], saved: dict[str, An
         if before.get(name) != now[name]:
             has = "its default" if before.get(name) is None else before[name]
             raise ConfigError(f"--{name} {now[name]}: the run being resumed has {has}; start a new run to change it")
-    of_one_run = {"output": None, "trace": None, "check-gradients": None}
+    of_one_run = dict.fromkeys((*OF_ONE_RUN, "trace", "check-gradients"))
     values = {**before, **of_one_run, **{name: now[name] for name in explicit}}
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in explicit:

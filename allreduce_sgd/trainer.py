@@ -74,6 +74,8 @@ class Trainer:
         self.stop_asked = stop_asked
         self.preempted = False
         self._predicted = predicted
+        pause_epochs = config.run.pause_after_epochs
+        self._pause_step = pause_epochs * sampler.steps_per_epoch if pause_epochs else config.run.pause_after_steps
         self._logged_step = self._saved_step = -1
         everyone = strategy.everyone
         self._watch = Stopwatch(comm, device, [] if everyone is comm else [everyone])
@@ -103,7 +105,7 @@ class Trainer:
     def fit(self) -> dict[str, Any] | None:
         """Train to the end, and return the figures of the summary. The strategy's model then is the final one.
 
-        Returns None where `stop_asked` ended training before: then the last checkpoint holds everything.
+        Returns None where `stop_asked` or a pause ended training before: then the last checkpoint holds everything.
         """
         self.strategy.model.train()
         self._report.begin()
@@ -113,10 +115,14 @@ class Trainer:
         with Display(self.comm.rank == 0, self.total_steps, self.step) as display:
             while not self._ended:
                 with self._watch.training():
-                    if self.strategy.pace is None:
+                    if self._at_pause:
+                        # A resumed run that is there already.
+                        pass
+                    elif self.strategy.pace is None:
                         self._train_until_due(stop, display)
                     else:
                         self._train_at_own_pace(self.strategy.pace, display)
+                self.preempted |= self._at_pause
                 if self._evaluation_due():
                     self._evaluate(display)
                 if self._checkpoint_due() and self._saved_step != self.step:
@@ -264,7 +270,8 @@ class Trainer:
         """Return the next step after which all ranks are needed, at the latest the last of the epoch."""
         epoch = self._progress.steps_per_epoch
         dues = [every for every in (self.config.training.evaluate_every, self.config.run.checkpoint_every) if every]
-        return min(self.total_steps, *((self.step // every + 1) * every for every in [epoch, *dues]))
+        end = min(self.total_steps, self._pause_step or self.total_steps)
+        return min(end, *((self.step // every + 1) * every for every in [epoch, *dues]))
 
     def _log_training(self, display: Display) -> None:
         with self.comm.traffic.attributed("logging"), located(f"log of step {self.step}"):
@@ -294,16 +301,21 @@ class Trainer:
     def _ended(self) -> bool:
         return self.step >= self.total_steps or self._evaluator.reached_target or self._evaluator.stopped_early
 
+    @property
+    def _at_pause(self) -> bool:
+        return self._pause_step is not None and self.step >= self._pause_step
+
     def _evaluation_due(self) -> bool:
         last = self._evaluator.last
         if last is not None and last.step == self.step:
             return False
         every = self.config.training.evaluate_every or self._progress.steps_per_epoch
-        return self.step == self.total_steps or self.step % every == 0
+        return self.step == self.total_steps or self._at_pause or self.step % every == 0
 
     def _checkpoint_due(self) -> bool:
         every = self.config.run.checkpoint_every
-        return self._ended or self.preempted or (every is not None and self.step % every == 0)
+        ended = self._ended or self.preempted or self._at_pause
+        return ended or (every is not None and self.step % every == 0)
 
     def _save(self) -> None:
         if self.folder is not None:

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -12,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from allreduce_sgd.command_line import parse
+from allreduce_sgd.command_line import Flags, parse, words
 from allreduce_sgd.config import to_toml
 from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.mpirun import find_mpirun
 
 __all__ = [
     "Flags",
@@ -25,9 +25,6 @@ __all__ = [
     "train",
     "words",
 ]
-
-Flags = Mapping[str, str | int | float | bool]
-"""Options of the trainer by name; True and False stand for a flag and its --no- form."""
 
 _ENDING_SECONDS = 10
 _CONFIG_STATUS = 2
@@ -60,39 +57,10 @@ def train(
     _execute([*launcher, sys.executable, "-m", program, *words(flags)], environment, timeout_seconds)
 
 
-def words(flags: Flags) -> list[str]:
-    """Return the flags as words of a command line."""
-    line = []
-    for name, value in flags.items():
-        match value:
-            case True:
-                line += [f"--{name}"]
-            case False:
-                line += [f"--no-{name}"]
-            case _:
-                line += [f"--{name}", str(value)]
-    return line
-
-
 def bytes_per_step(summaries: Sequence[Mapping[str, Any]]) -> float | None:
     """Return the median over runs of the bytes sent per rank and step; None where the back end does not tell."""
     known = [run["communication_bytes"] / run["steps"] for run in summaries if run["communication_bytes"] is not None]
     return statistics.median(known) if known else None
-
-
-def find_mpirun() -> list[str]:
-    """Return the command that starts ranks: $MPIRUN, or mpirun or mpiexec beside this Python, or on the PATH."""
-    named = shlex.split(os.environ.get("MPIRUN", ""))
-    if named:
-        if shutil.which(named[0]) is None:
-            raise ConfigError(f"$MPIRUN: {named[0]} is not a program that can be run")
-        return named
-    for place in (str(Path(sys.executable).parent), None):
-        for name in ("mpirun", "mpiexec"):
-            found = shutil.which(name, path=place)
-            if found is not None:
-                return [found]
-    raise ConfigError("no mpirun or mpiexec beside this Python or on the PATH; name one in $MPIRUN")
 
 
 def check_same(folder: Path, flags: Flags) -> None:

@@ -17,11 +17,11 @@ PACKAGE = "allreduce_sgd"
 
 # From the top down. What stands on one line may not import one another. "" is allreduce_sgd/__init__.py.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"", "train", "benchmarks"}),
+    frozenset({"", "train", "sweep", "benchmarks"}),
     frozenset({"preparation", "console"}),
     frozenset({"trainer", "command_line", "start", "resume", "checks", "probes"}),
     frozenset({"stepper", "evaluator"}),
-    frozenset({"run_folder", "feed", "report", "toml_file", "selection"}),
+    frozenset({"run_folder", "feed", "report", "toml_file", "toml_table", "mpirun", "selection"}),
     frozenset({"config", "progress"}),
     frozenset({"strategies", "checkpoint", "metrics", "stopwatch", "stopping", "preemption", "display", "trace"}),
     frozenset({"gradients", "optim", "chrome_trace"}),

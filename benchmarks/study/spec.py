@@ -20,7 +20,7 @@ from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.strategies.options import STRATEGIES
 from allreduce_sgd.toml_file import load_toml
 from benchmarks.runs import Flags
-from benchmarks.study.toml_table import (
+from allreduce_sgd.toml_table import (
     Table,
     boolean,
     count,
@@ -42,7 +42,7 @@ _RATE = re.compile(r"[0-9]+(\.[0-9]+)?[kmg]?bit")
 # What the study itself gives to every run.
 _OWN_FLAGS = frozenset(
     "algorithm batch-size checkpoint-every compression data-dir dataset epochs evaluate-every full-batch "
-    "global-batch-size hidden log-every lr model noise-scale output resume seed steps strategy target-accuracy "
+    "global-batch-size hidden log-every lr model noise-scale output pause-after-epochs pause-after-steps resume seed steps strategy target-accuracy "
     "target-loss tensorboard threads trace".split()
 )
 

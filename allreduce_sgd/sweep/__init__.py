@@ -1,0 +1,1 @@
+"""Sweeps over hyper-parameters: many trainings at once, each on its share of the ranks."""
