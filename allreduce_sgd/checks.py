@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from allreduce_sgd.config import Config
-from allreduce_sgd.data.sampling import Sampler
-from allreduce_sgd.data.split import Dataset, Samples, Split
+from allreduce_sgd.data.sampling import Sampler, shares
+from allreduce_sgd.data.split import Dataset, MapSplit, Samples
 from allreduce_sgd.errors import ConfigError, counted
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.optim.build import build_optimizer
@@ -79,7 +79,7 @@ class _Digest(NamedTuple):
 
 
 def _digest(split: Samples) -> _Digest:
-    if not isinstance(split, Split):
+    if isinstance(split, MapSplit):
         return _Digest("", [], "")
     chosen = torch.linspace(0, len(split) - 1, min(len(split), _SAMPLES_COMPARED), dtype=torch.float64).long()
     exact, everything = hashlib.sha256(), hashlib.sha256()
@@ -212,6 +212,8 @@ def check_shares(config: Config, workers: int, batch: int, sampler: Sampler, tot
             f"{counted(workers, 'rank')} and {counted(rounds, 'round')} of --accumulate; choose another "
             f"--batch-size or --global-batch-size"
         )
+    if config.model.batch_norm and not config.gradients.sync_batch_norm:
+        _check_batch_norm(config, workers, batch, sampler)
     options = config.strategy
     for flag, steps in (("delay", options.late), ("push", options.push), ("fetch", options.fetch)):
         if steps > max(1, total_steps):
@@ -219,6 +221,22 @@ def check_shares(config: Config, workers: int, batch: int, sampler: Sampler, tot
                 f"--{flag} {steps}: the run has only {counted(total_steps, 'step')}; choose at most {total_steps}, or "
                 f"a longer run"
             )
+
+
+def _check_batch_norm(config: Config, workers: int, batch: int, sampler: Sampler) -> None:
+    """Raise ConfigError where a rank would have to normalise a batch of one sample, which has no variance."""
+    parts, rounds = config.strategy.virtual_ranks or workers, config.training.accumulate
+    for count in (batch, min(batch, sampler.global_count(sampler.steps_per_epoch - 1))):
+        sizes = {len(range(each.start, each.stop)) for whole in shares(count, parts) for each in _pieces(whole, rounds)}
+        if 1 in sizes:
+            raise ConfigError(
+                f"--batch-norm: of a mini-batch of {counted(count, 'sample')} a rank takes 1 at a time, which has no "
+                "variance; choose another --batch-size or --global-batch-size, or --sync-batch-norm"
+            )
+
+
+def _pieces(whole: slice, rounds: int) -> list[slice]:
+    return shares(whole.stop - whole.start, rounds)
 
 
 def check_strategy(config: Config, ranks: int, model: nn.Module) -> None:

@@ -122,6 +122,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
     )
     from allreduce_sgd.chrome_trace import check_trace_file
     from allreduce_sgd.comm.factory import connect
+    from allreduce_sgd.data.label_counts import label_counts
     from allreduce_sgd.data.registry import load_dataset
     from allreduce_sgd.data.sampling import build_sampler
     from allreduce_sgd.gradients.sync_batch_norm import close_sync_batchnorm
@@ -155,7 +156,19 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
     total_steps = config.training.steps or (config.training.epochs or 20) * sampler.steps_per_epoch
     topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
     torch.manual_seed(config.training.seed)
-    loss = topology.agree(lambda: build_loss(config.model.loss, config.model.model, dataset.classes))
+    weighted = dataset.classes is not None and (config.model.class_weights or dataset.ignore_index is not None)
+    counts = topology.agree(lambda: label_counts(dataset) if weighted else None)
+    loss = topology.agree(
+        lambda: build_loss(
+            config.model.loss,
+            config.model.model,
+            dataset.classes,
+            config.model.label_smoothing,
+            config.model.class_weights,
+            dataset.ignore_index,
+            counts,
+        )
+    )
     model = topology.agree(
         lambda: build_model(
             config.model,

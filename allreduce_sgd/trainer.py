@@ -228,18 +228,19 @@ class Trainer:
     def _share(self, epoch: int, position: int) -> Share:
         """Return this rank's share of a mini-batch; in method dmb what exceeds the batch is only predicted."""
         rank, size = self.comm.rank, self.comm.size
+        visit = self.sampler.visit(epoch, position)
         count = self.sampler.global_count(position)
         learnt = min(count, self.global_batch_size)
         if self.config.strategy.virtual_ranks is not None:
             indices, each = self.sampler.indices(epoch, position, 0, 1), self._virtual_ranks
             own = [share(count, virtual, size * each) for virtual in range(rank * each, (rank + 1) * each)]
-            shards = [self._feed.share(indices[part], count) for part in own]
+            shards = [self._feed.share(indices[part], count, visit=visit) for part in own]
             return Share([], sum(shard.samples for shard in shards), count, shards=shards)
         if learnt == count:
-            return self._feed.share(self.sampler.indices(epoch, position, rank, size), count)
+            return self._feed.share(self.sampler.indices(epoch, position, rank, size), count, visit=visit)
         indices = self.sampler.indices(epoch, position, 0, 1)
         predicted = indices[learnt:][share(count - learnt, rank, size)]
-        return self._feed.share(indices[:learnt][share(learnt, rank, size)], learnt, predicted)
+        return self._feed.share(indices[:learnt][share(learnt, rank, size)], learnt, predicted, visit=visit)
 
     @property
     def global_batch_size(self) -> int:
@@ -270,7 +271,8 @@ class Trainer:
                     logged = totals
             epoch, position = divmod(ticket.step, in_epoch)
             indices = self.sampler.indices(epoch, position, ticket.part, self.comm.size)
-            self._take_step(ticket.step, self._feed.share(indices, self.sampler.global_count(position)))
+            count, visit = self.sampler.global_count(position), self.sampler.visit(epoch, position)
+            self._take_step(ticket.step, self._feed.share(indices, count, visit=visit))
         stood = pace.close()
         display.step(stood - self.step)
         self.step = stood

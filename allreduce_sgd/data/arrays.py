@@ -67,15 +67,18 @@ def split_of(inputs: Array, targets: Array, where: str) -> Split:
     return Split(input_tensor(inputs, f"{where} inputs"), target_tensor(targets, f"{where} targets"))
 
 
-def class_count(targets: tuple[Tensor, ...], where: str) -> int | None:
+def class_count(targets: tuple[Tensor, ...], where: str, ignore_index: int | None = None) -> int | None:
     """The number of classes of integer `targets`, their largest plus one, at least 2; None if any is floating.
+
+    Those that are `ignore_index` do not make it larger.
 
     Raises:
         ConfigError: so many that the integers can hardly be labels; `where` starts the text.
     """
     if any(part.is_floating_point() for part in targets):
         return None
-    classes = 1 + max((int(part.max()) for part in targets if part.numel()), default=0)
+    labels = [part if ignore_index is None else part[part != ignore_index] for part in targets]
+    classes = 1 + max((int(part.max()) for part in labels if part.numel()), default=0)
     entries = sum(part.numel() for part in targets)
     if classes > max(entries, _FEWEST_CLASSES_TO_DOUBT):
         raise ConfigError(

@@ -21,12 +21,17 @@ def _first_not_finite(values: Tensor) -> int | None:
 
 
 def check_samples(
-    where: str, inputs: Tensor, targets: Tensor, classes: int | None, names: Tensor | None = None
+    where: str,
+    inputs: Tensor,
+    targets: Tensor,
+    classes: int | None,
+    names: Tensor | None = None,
+    ignore_index: int | None = None,
 ) -> None:
     """Check n samples: `inputs` (n, ...), `targets` (n, ...) integer if `classes` is given, else floating.
 
     `where` names data set and split in the error texts; `names` (n,) holds the samples' indices where these are
-    not simply 0..n-1.
+    not simply 0..n-1; `ignore_index` is a target that is allowed beside the classes.
 
     Raises:
         ConfigError: there are none, lengths differ, a value is NaN or Inf, or a target is of the wrong type or outside
@@ -50,9 +55,17 @@ def check_samples(
         return
     if targets.is_floating_point():
         raise ConfigError(f"{where}: targets are {targets.dtype}; {classes} classes need integer targets")
-    outside = ((targets < 0) | (targets >= classes)).reshape(len(targets), -1).any(1).nonzero()
-    if len(outside):
-        position = int(outside[0])
+
+    def outside(values: Tensor) -> Tensor:
+        wrong = (values < 0) | (values >= classes)
+        return wrong if ignore_index is None else wrong & (values != ignore_index)
+
+    bad = outside(targets).reshape(len(targets), -1).any(1).nonzero()
+    if len(bad):
+        position = int(bad[0])
         values = targets[position].reshape(-1)
-        value = int(values[(values < 0) | (values >= classes)][0])
-        raise ConfigError(f"{where}: sample {index(position)} has target {value}; allowed are 0..{classes - 1}")
+        value = int(values[outside(values)][0])
+        ignored = "" if ignore_index is None else f" and {ignore_index}, which is ignored"
+        raise ConfigError(
+            f"{where}: sample {index(position)} has target {value}; allowed are 0..{classes - 1}{ignored}"
+        )

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -9,7 +10,7 @@ from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.user_code import refusing
 
-__all__ = ["data_folder", "find_file", "named_file", "read_file"]
+__all__ = ["data_folder", "find_file", "named_file", "named_folder", "open_file", "read_file"]
 
 # What is asked for at once is also reserved at once, whatever the file has.
 _CHUNK_BYTES = 1 << 20
@@ -30,18 +31,31 @@ def find_file(folder: Path, name: str) -> Path | None:
 
 
 def named_file(options: DataOptions, name: str) -> Path:
-    """The file of `--dataset npz:NAME` or `text:NAME`: as given, or else relative to `data_dir`.
+    """The file of `--dataset npz:NAME`, `text:NAME` or `csv:NAME`: as given, or else relative to `data_dir`.
 
     Raises:
         ConfigError: there is no such file.
     """
+    return _named(options, name, os.path.isfile, "file")
+
+
+def named_folder(options: DataOptions, name: str) -> Path:
+    """The folder of `--dataset text-folder:NAME`: as given, or else relative to `data_dir`.
+
+    Raises:
+        ConfigError: there is no such folder.
+    """
+    return _named(options, name, os.path.isdir, "folder")
+
+
+def _named(options: DataOptions, name: str, exists: Callable[[Path], bool], what: str) -> Path:
     places = [Path(os.path.expanduser(name))]
     if options.data_dir is not None:
         places.append(data_folder(options) / name)
     for place in places:
-        if name and os.path.isfile(place):
+        if name and exists(place):
             return place
-    raise ConfigError(f"--dataset {options.dataset}: no such file: {' or '.join(map(str, places))}")
+    raise ConfigError(f"--dataset {options.dataset}: no such {what}: {' or '.join(map(str, places))}")
 
 
 def read_file(path: Path, most_bytes: int | None = None) -> bytes:
@@ -52,7 +66,7 @@ def read_file(path: Path, most_bytes: int | None = None) -> bytes:
     Raises:
         ConfigError: the file cannot be read, or its compression is damaged.
     """
-    with refusing(f"{path}: cannot be read"), _opened(path) as file:
+    with refusing(f"{path}: cannot be read"), open_file(path) as file:
         if most_bytes is None:
             return file.read()
         chunks = []
@@ -62,5 +76,6 @@ def read_file(path: Path, most_bytes: int | None = None) -> bytes:
         return b"".join(chunks)
 
 
-def _opened(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BinaryIO:
+    """Open `path` for reading, decompressed if its name ends in .gz; what goes wrong comes as anything."""
     return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")

@@ -8,27 +8,31 @@ from torch import Tensor
 
 from allreduce_sgd.data.split import Split
 
-__all__ = ["hold_out"]
+__all__ = ["held_out", "hold_out"]
 
 _SEED = 20_151
 
 
 def hold_out(samples: Split, test_fraction: float) -> tuple[Split, Split]:
-    """Divide `samples` into (train, test) at random, with about `test_fraction` of them in test.
+    """Divide `samples` into (train, test) at random, as `held_out` says. Samples keep their order within each part."""
+    in_test = held_out(samples.targets, test_fraction)
+    return _select(samples, ~in_test), _select(samples, in_test)
 
-    Where targets are labels (n,), each class is divided in this proportion (a stratified split). Samples keep their
-    order within each part.
+
+def held_out(targets: Tensor, test_fraction: float) -> Tensor:
+    """Which samples are for testing, about `test_fraction` of them, chosen at random: (n,) bool.
+
+    Where targets are labels (n,), each class is divided in this proportion (a stratified split).
     """
     generator = torch.Generator().manual_seed(_SEED)
-    targets = samples.targets
     stratified = targets.ndim == 1 and not targets.is_floating_point()
-    groups = targets if stratified else torch.zeros(len(samples), dtype=torch.int64)
-    in_test = torch.zeros(len(samples), dtype=torch.bool)
+    groups = targets if stratified else torch.zeros(len(targets), dtype=torch.int64)
+    in_test = torch.zeros(len(targets), dtype=torch.bool)
     for group in groups.unique():
         members = (groups == group).nonzero().squeeze(1)
         shuffled = members[torch.randperm(len(members), generator=generator)]
         in_test[shuffled[: round(len(members) * test_fraction)]] = True
-    return _select(samples, ~in_test), _select(samples, in_test)
+    return in_test
 
 
 def _select(samples: Split, mask: Tensor) -> Split:

@@ -39,9 +39,10 @@ def load_npz(options: DataOptions, name: str) -> Dataset:
     splits = [_split(arrays[0], arrays[1], f"{path}: train")]
     if len(arrays) == 4:
         splits.append(_split(arrays[2], arrays[3], f"{path}: test"))
-    classes = class_count(tuple(split.targets for split in splits), str(path))
+    classes = class_count(tuple(split.targets for split in splits), str(path), options.ignore_index)
     train, test = splits if len(splits) == 2 else hold_out(splits[0], options.test_fraction)
-    return Dataset(f"npz:{name}", train, test, tuple(train.inputs.shape[1:]), classes)
+    shape = tuple(train.inputs.shape[1:])
+    return Dataset(f"npz:{name}", train, test, shape, classes, ignore_index=options.ignore_index)
 
 
 def _read(path: Path) -> list[np.ndarray]:

@@ -1,18 +1,24 @@
 """Which name means which data set."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
+from allreduce_sgd.data.augment import Augmentation, parse_augmentation
 from allreduce_sgd.data.cifar10 import load_cifar10
+from allreduce_sgd.data.csv_file import load_csv
+from allreduce_sgd.data.diabetes import load_diabetes
 from allreduce_sgd.data.digits import load_digits
+from allreduce_sgd.data.housing import DEFAULT_HOUSES, load_housing
 from allreduce_sgd.data.idx import load_idx_images
 from allreduce_sgd.data.npz import load_npz
 from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.data.sparse import DEFAULT_SPARSE_SPECIFICATION, load_synthetic_sparse
 from allreduce_sgd.data.split import Dataset
-from allreduce_sgd.data.standardize import standardized
+from allreduce_sgd.data.standardize import standardized, standardized_targets
 from allreduce_sgd.data.synthetic import DEFAULT_SPECIFICATION, load_synthetic
 from allreduce_sgd.data.text import load_text
+from allreduce_sgd.data.text_folder import load_text_folder
 from allreduce_sgd.data.user import load_user
 from allreduce_sgd.errors import ConfigError
 
@@ -26,12 +32,18 @@ _IMAGE_SETS: Mapping[str, Callable[[DataOptions], Dataset]] = MappingProxyType(
         "cifar10": load_cifar10,
     }
 )
+_DIABETES = "diabetes"
+_HOUSING = "synthetic-housing"
 _CHOICES = (
     *_IMAGE_SETS,
+    _DIABETES,
+    f"{_HOUSING}[:SAMPLES]",
     "synthetic[:SAMPLES,SHAPE,CLASSES]",
     "synthetic-sparse[:SAMPLES,FEATURES,CLASSES]",
     "npz:FILE",
+    "csv:FILE",
     "text:FILE",
+    "text-folder:DIR",
     "module:function",
 )
 
@@ -39,27 +51,55 @@ _CHOICES = (
 def load_dataset(options: DataOptions, seed: int) -> Dataset:
     """Load, check and, if asked for, standardise the data set `options.dataset`; downloads nothing.
 
-    `seed` is the run's; only synthetic data depend on it. Every rank that calls this gets the same data.
+    `seed` is the run's; only synthetic data and augmentation depend on it. Every rank that calls this gets the same
+    data.
 
     Raises:
         ConfigError: the name is unknown, files are missing or damaged, or samples are unfit for training.
     """
+    names = None if options.augment is None else parse_augmentation(options.augment)
     dataset = _load(options, seed)
-    default = options.dataset.lower() in _IMAGE_SETS
-    wanted = default if options.standardize is None else options.standardize
-    return standardized(dataset) if wanted else dataset
+    kind = options.dataset.lower().partition(":")[0]
+    default = kind in (*_IMAGE_SETS, _DIABETES, _HOUSING)
+    if default if options.standardize is None else options.standardize:
+        dataset = standardized(dataset)
+        if kind in (_DIABETES, _HOUSING):
+            dataset = standardized_targets(dataset)
+    if options.ignore_index is not None and dataset.classes is None:
+        raise ConfigError(f"--ignore-index {options.ignore_index}: --dataset {dataset.name} is a regression")
+    if options.ignore_index is not None:
+        dataset = replace(dataset, ignore_index=options.ignore_index)
+    return dataset if names is None else _augmented(dataset, options.augment, names, seed)
+
+
+def _augmented(dataset: Dataset, text: str | None, names: tuple[str, ...], seed: int) -> Dataset:
+    shape = dataset.input_shape
+    if dataset.kind != "features" or len(shape) != 3:
+        raise ConfigError(
+            f"--augment {text}: it needs images (channels, height, width), but --dataset {dataset.name} gives "
+            f"{dataset.kind} of the shape {shape}"
+        )
+    return replace(dataset, augmentation=Augmentation(names, shape, seed))
 
 
 def _load(options: DataOptions, seed: int) -> Dataset:
     name = options.dataset.lower()
     if name in _IMAGE_SETS:
         return _IMAGE_SETS[name](options)
+    if name == _DIABETES:
+        return load_diabetes(options)
     prefix, separator, rest = options.dataset.partition(":")
     match prefix.lower():
         case "synthetic":
             return load_synthetic(options, rest if separator else DEFAULT_SPECIFICATION, seed)
         case "synthetic-sparse":
             return load_synthetic_sparse(options, rest if separator else DEFAULT_SPARSE_SPECIFICATION, seed)
+        case "synthetic-housing":
+            return load_housing(options, rest if separator else DEFAULT_HOUSES, seed)
+        case "csv" if separator:
+            return load_csv(options, rest)
+        case "text-folder" if separator:
+            return load_text_folder(options, rest)
         case "npz" if separator:
             return load_npz(options, rest)
         case "text" if separator:

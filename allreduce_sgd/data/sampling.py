@@ -95,6 +95,10 @@ class Sampler(ABC):
         self._check_step(step)
         return self._batch(epoch, step)[share(self._count(step), rank, size)]
 
+    def visit(self, epoch: int, step: int) -> int:
+        """A number that tells this use of a sample in `step` of `epoch` from its other uses."""
+        return epoch * self.steps_per_epoch + step
+
     @abstractmethod
     def _count(self, step: int) -> int:
         """How many samples the mini-batch of a step has."""
@@ -123,6 +127,10 @@ class EpochSampler(Sampler):
             self._permutation = torch.randperm(self.length, generator=generator)
             self._epoch = epoch
         return self._permutation
+
+    def visit(self, epoch: int, step: int) -> int:
+        """The epoch, whatever the mini-batches: it uses every sample once."""
+        return epoch
 
     def _count(self, step: int) -> int:
         return min(self.global_batch_size, self.length - step * self.global_batch_size)

@@ -60,7 +60,7 @@ def _single(values: Tensor) -> Tensor:
 class MapSplit:
     """The samples of a torch map-style data set, each an (input, target) pair, collated and checked per batch."""
 
-    def __init__(self, where: str, samples: MapStyle, classes: int | None) -> None:
+    def __init__(self, where: str, samples: MapStyle, classes: int | None, ignore_index: int | None = None) -> None:
         """`where` names data set and split in error texts; the first sample is made at once, to learn the shapes.
 
         Raises:
@@ -69,6 +69,7 @@ class MapSplit:
         self.where = where
         self.samples = samples
         self.classes = classes
+        self.ignore_index = ignore_index
         with refusing(f"{where}: its length cannot be taken"):
             self._length = len(samples)
         if self._length == 0:
@@ -89,7 +90,7 @@ class MapSplit:
         if len(indices) == 0:
             return self._none
         inputs, targets = self._collate(indices.tolist())
-        check_samples(self.where, inputs, targets, self.classes, indices)
+        check_samples(self.where, inputs, targets, self.classes, indices, self.ignore_index)
         return inputs, targets
 
     def _collate(self, indices: list[int]) -> tuple[Tensor, Tensor]:
@@ -110,6 +111,8 @@ class Dataset:
 
     `classes` is None for a regression. `vocabulary` holds the characters of a text, at the positions of their codes.
     `sparse_features` is the number of features of sparse samples, whose inputs (k, 2) are pairs of index and value.
+    Targets that are `ignore_index` count for nothing. `augmentation` changes inputs for training: it is called with
+    those of a batch, the samples' indices in `train` and their visit (`Sampler.visit`).
 
     Raises:
         ConfigError: a split is empty, its samples fail `check_samples`, or the shapes do not fit `input_shape`.
@@ -122,12 +125,16 @@ class Dataset:
     classes: int | None
     vocabulary: str | None = None
     sparse_features: int | None = None
+    ignore_index: int | None = None
+    augmentation: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
     def __post_init__(self) -> None:
         for part, split in (("train", self.train), ("test", self.test)):
             where = f"data set {self.name}, {part} split"
+            if not len(split):
+                raise ConfigError(f"{where}: the split is empty; at least one sample is needed")
             if isinstance(split, Split):
-                check_samples(where, split.inputs, split.targets, self.classes)
+                check_samples(where, split.inputs, split.targets, self.classes, ignore_index=self.ignore_index)
             shape = tuple(_nothing(split)[0].shape[1:])
             if shape != self.input_shape:
                 raise ConfigError(f"{where}: inputs have the shape {shape}; expected {self.input_shape}")

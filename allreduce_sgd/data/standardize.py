@@ -10,7 +10,7 @@ from torch import Tensor
 from allreduce_sgd.data.split import Dataset, Samples, Split
 from allreduce_sgd.errors import ConfigError
 
-__all__ = ["mean_and_deviation", "standardized"]
+__all__ = ["mean_and_deviation", "standardized", "standardized_targets"]
 
 _CHUNK = 4096
 
@@ -33,11 +33,11 @@ def standardized(dataset: Dataset) -> Dataset:
         ConfigError: its inputs are tokens or sparse, or are made sample by sample by the user's own data set.
     """
     train = dataset.train
-    if not isinstance(train, Split) or not isinstance(dataset.test, Split):
-        raise ConfigError(f"--standardize with --dataset {dataset.name}: a map-style data set must do this itself")
     if dataset.kind != "features":
         what = "integers" if dataset.kind == "tokens" else "pairs of index and value"
         raise ConfigError(f"--standardize with --dataset {dataset.name}: inputs are {what}; allowed is no")
+    if not isinstance(train, Split) or not isinstance(dataset.test, Split):
+        raise ConfigError(f"--standardize with --dataset {dataset.name}: a map-style data set must do this itself")
     if not dataset.input_shape:
         raise ConfigError(f"--standardize with --dataset {dataset.name}: inputs need at least one dimension")
     mean, deviation = mean_and_deviation(train.inputs)
@@ -50,5 +50,21 @@ def standardized(dataset: Dataset) -> Dataset:
     def change(split: Samples) -> Samples:
         assert isinstance(split, Split)
         return Split((split.inputs - shift).mul_(scale), split.targets)
+
+    return dataset.with_splits(change)
+
+
+def standardized_targets(dataset: Dataset) -> Dataset:
+    """`dataset` with standardised targets (n,) of a regression, both splits by the training set's.
+
+    So a mean squared error is the share of the variance that a model leaves unexplained, and steps of one size suit
+    targets of any unit.
+    """
+    assert isinstance(dataset.train, Split)
+    mean, deviation = mean_and_deviation(dataset.train.targets[:, None])
+
+    def change(split: Samples) -> Samples:
+        assert isinstance(split, Split)
+        return Split(split.inputs, ((split.targets - mean) / deviation).float())
 
     return dataset.with_splits(change)

@@ -41,12 +41,12 @@ def load_user(options: DataOptions) -> Dataset:
     pairs = [
         split_of(value[0], value[1], where) if _is_pair(value) else _map_style(value, what) for where, value in parts
     ]
-    classes = _classes(pairs, what)
+    classes = _classes(pairs, what, options.ignore_index)
     train, test = (
-        pair if isinstance(pair, Split) else MapSplit(where, pair, classes)
+        pair if isinstance(pair, Split) else MapSplit(where, pair, classes, options.ignore_index)
         for (where, _), pair in zip(parts, pairs, strict=True)
     )
-    return Dataset(options.dataset, train, test, _input_shape(train), classes)
+    return Dataset(options.dataset, train, test, _input_shape(train), classes, ignore_index=options.ignore_index)
 
 
 def _where(options: DataOptions, part: str) -> str:
@@ -76,12 +76,13 @@ def _map_style(value: Any, what: str) -> MapStyle:
     return samples
 
 
-def _classes(parts: list[Split | MapStyle], what: str) -> int | None:
+def _classes(parts: list[Split | MapStyle], what: str, ignore_index: int | None) -> int | None:
     for part in parts:
         names = getattr(part, "classes", None)
         if isinstance(names, (list, tuple)) and len(names) >= 2:
             return len(names)
-    return class_count(tuple(p.targets if isinstance(p, Split) else _all_targets(p, what) for p in parts), what)
+    targets = tuple(part.targets if isinstance(part, Split) else _all_targets(part, what) for part in parts)
+    return class_count(targets, what, ignore_index)
 
 
 def _all_targets(samples: MapStyle, what: str) -> Tensor:

@@ -1,4 +1,7 @@
-"""A multi-layer perceptron with ReLU, initialised after He et al. 2015 (weights) and with zero biases."""
+"""A multi-layer perceptron with ReLU, initialised after He et al. 2015 (weights) and with zero biases.
+
+Batch normalisation (Ioffe and Szegedy 2015, arXiv 1502.03167) stands between a layer and its ReLU, dropout after that.
+"""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +25,9 @@ def parse_hidden(text: str) -> tuple[int, ...]:
     return tuple(map(int, widths))
 
 
-def mlp(input_shape: tuple[int, ...], outputs: int, hidden: Sequence[int], dropout: float) -> nn.Module:
+def mlp(
+    input_shape: tuple[int, ...], outputs: int, hidden: Sequence[int], dropout: float, batch_norm: bool = False
+) -> nn.Module:
     """Inputs (n, *input_shape) float32 to outputs (n, outputs) float32, through layers of the widths `hidden`."""
     layers: list[nn.Module] = [nn.Flatten()]
     width = math.prod(input_shape)
@@ -30,7 +35,7 @@ def mlp(input_shape: tuple[int, ...], outputs: int, hidden: Sequence[int], dropo
         layer = nn.Linear(width, next_width)
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
-        layers += [layer, nn.ReLU()]
+        layers += [layer, nn.BatchNorm1d(next_width), nn.ReLU()] if batch_norm else [layer, nn.ReLU()]
         if dropout > 0:
             layers.append(nn.Dropout(dropout))
         width = next_width

@@ -20,14 +20,16 @@ from allreduce_sgd.user_code import call_with_named, load_function
 __all__ = ["build_model"]
 
 _FLAT = ("linear", "logistic", "perceptron", "mlp")
-_IMAGE: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = MappingProxyType(
-    {"cnn": cnn, "resnet20": resnet20, "resnet18": resnet18}
+_RESNETS: Mapping[str, Callable[[tuple[int, ...], int], nn.Module]] = MappingProxyType(
+    {"resnet20": resnet20, "resnet18": resnet18}
 )
+_IMAGE = ("cnn", *_RESNETS)
 _TEXT = "chargpt"
 _SPARSE = "sparse-logistic"
 _CHOICES = (*_FLAT, *_IMAGE, _TEXT, _SPARSE, "module:function")
 _KINDS = MappingProxyType({None: "inputs", "features": "features", "tokens": "tokens", "sparse": "sparse samples"})
-_WITH_DROPOUT = ("mlp", _TEXT)
+_WITH_DROPOUT = ("mlp", "cnn", _TEXT)
+_WITH_BATCH_NORM = ("mlp", "cnn")
 
 
 def build_model(
@@ -49,7 +51,13 @@ def build_model(
     """
     name = options.model.lower()
     if options.dropout and name not in _WITH_DROPOUT:
-        raise ConfigError(f"--dropout {options.dropout} with --model {options.model}: it has none; allowed is 0")
+        raise ConfigError(
+            f"--dropout {options.dropout} with --model {options.model}: it has none; only {', '.join(_WITH_DROPOUT)} do"
+        )
+    if options.batch_norm and name not in _WITH_BATCH_NORM:
+        raise ConfigError(
+            f"--batch-norm with --model {options.model}: it is switched in {' and '.join(_WITH_BATCH_NORM)} only"
+        )
     if ":" in options.model:
         return _users_model(options.model, input_shape, classes, seed)
     if name not in _CHOICES:
@@ -61,7 +69,7 @@ def build_model(
         return chargpt(input_shape[0], classes, outputs, options.dropout)
     if name == _SPARSE:
         if sparse_features is None:
-            raise _unsuited(options, "sparse samples (synthetic-sparse)", input_shape, kind)
+            raise _unsuited(options, "sparse samples (synthetic-sparse, text-folder, csv)", input_shape, kind)
         return SparseLogistic(sparse_features, outputs)
     if kind == "tokens":
         raise _unsuited(options, "features, not text", input_shape, kind)
@@ -70,9 +78,11 @@ def build_model(
     if name in _IMAGE:
         if len(input_shape) != 3:
             raise _unsuited(options, "images (channels, height, width)", input_shape, kind)
-        return _IMAGE[name](input_shape, outputs)
+        if name == "cnn":
+            return cnn(input_shape, outputs, options.dropout, options.batch_norm)
+        return _RESNETS[name](input_shape, outputs)
     if name == "mlp":
-        return mlp(input_shape, outputs, parse_hidden(options.hidden), options.dropout)
+        return mlp(input_shape, outputs, parse_hidden(options.hidden), options.dropout, options.batch_norm)
     return linear(input_shape, outputs)
 
 

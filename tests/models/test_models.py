@@ -104,6 +104,41 @@ def test_mlp_widths_and_dropout() -> None:
     assert not any(isinstance(layer, nn.Dropout) for layer in build("mlp", (6,), 3).modules())
 
 
+@pytest.mark.parametrize(("name", "layers"), [("mlp", 2), ("cnn", 4)])
+def test_batch_norm_after_each_hidden_layer(name: str, layers: int) -> None:
+    plain, model = (build(name, (1, 8, 8), 4, batch_norm=on) for on in (False, True))
+    norms = [each for each in model.modules() if isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d)]
+    assert len(norms) == layers
+    assert not any(isinstance(each, nn.BatchNorm1d | nn.BatchNorm2d) for each in plain.modules())
+    # What is normalised comes out of the layer before it, and other layers begin with the same weights.
+    chain = list(model.children())
+    for norm in norms:
+        before = chain[chain.index(norm) - 1]
+        assert isinstance(before, nn.Linear | nn.Conv2d)
+        assert before.weight.shape[0] == norm.num_features
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    assert all(torch.equal(p, q) for p, q in zip(weights, (p for p in plain.parameters() if p.ndim > 1), strict=True))
+    inputs = 5 + 3 * torch.randn(64, 1, 8, 8)
+    seen: list[Tensor] = []
+    norms[0].register_forward_hook(lambda layer, args, out: seen.append(out))
+    model(inputs)
+    columns = seen[0].transpose(0, 1).flatten(1)
+    assert torch.allclose(columns.mean(1), torch.zeros(len(columns)), atol=1e-4)
+    assert torch.allclose(columns.var(1, unbiased=False), torch.ones(len(columns)), atol=1e-2)
+
+
+def test_cnn_dropout() -> None:
+    model = build("cnn", (1, 8, 8), 4, dropout=0.5)
+    assert sum(isinstance(layer, nn.Dropout) for layer in model.modules()) == 2
+    assert list(build("cnn", (1, 8, 8), 4).state_dict()) == [
+        f"{layer}.{part}" for layer in (0, 3, 6, 10, 11) for part in ("weight", "bias")
+    ]
+    inputs = torch.randn(2, 1, 8, 8)
+    assert not torch.equal(model(inputs), model(inputs))
+    model.eval()
+    assert torch.equal(model(inputs), build("cnn", (1, 8, 8), 4).eval()(inputs))
+
+
 def test_resnet_shortcut_a_pads_with_zeros() -> None:
     blocks = [m for m in build("resnet20", (3, 32, 32), 10).modules() if type(m).__name__ == "_Subsample"]
     assert len(blocks) == 2
@@ -159,7 +194,23 @@ def test_the_callers_seed_decides(name: str) -> None:
         ("mlp", (8,), 10, None, {"hidden": "5,"}, "--hidden 5,: expected positive integers"),
         ("mlp", (8,), 10, None, {"hidden": "0"}, "--hidden 0"),
         ("mlp", (8,), 10, None, {"hidden": "a"}, "--hidden a"),
-        ("cnn", (1, 8, 8), 10, None, {"dropout": 0.1}, "--dropout 0.1 with --model cnn"),
+        (
+            "resnet20",
+            (1, 8, 8),
+            10,
+            None,
+            {"dropout": 0.1},
+            "--dropout 0.1 with --model resnet20: .*only mlp, cnn",
+        ),
+        (
+            "resnet20",
+            (1, 8, 8),
+            10,
+            None,
+            {"batch_norm": True},
+            "--batch-norm with --model resnet20: .* mlp and cnn",
+        ),
+        ("linear", (8,), 10, None, {"batch_norm": True}, "--batch-norm with --model linear"),
         ("mlp", (8,), None, None, {"loss": "hinge"}, "--loss hinge"),
     ],
 )
