@@ -252,6 +252,6 @@ def period_of(config: Config, total_steps: int, steps_per_epoch: int) -> Period:
     options = config.optimizer
 
     def rate(step: int) -> float:
-        return factor(options.lr_schedule, step, total_steps, options.warmup_steps)
+        return factor(options, step, total_steps)
 
     return build_period(config.strategy, total_steps, steps_per_epoch, rate)

@@ -237,7 +237,13 @@ def _reconciled(config: Config) -> Config:
             "--check-finite: with --precision fp16 gradients overflow now and then, and those steps are skipped; a run "
             "that does not get over it stops by itself"
         )
+    config.optimizer.check()
     _check_strategy(config)
+    name = config.optimizer.optimizer.lower()
+    if codec == "dgc" and momentum is None and name in _MOMENTUM:
+        raise ConfigError(f"--optimizer {name}: --compression dgc has its own momentum; take sgd, or --momentum 0")
+    if codec != "none" and name == "newton":
+        raise ConfigError(f"--compression {codec}: a step of newton takes several exact gradients; choose none")
     if codec == "dgc" and momentum:
         raise ConfigError(f"--momentum {momentum:g}: --compression dgc has its own; set --compression-momentum instead")
     if codec == "dgc" and momentum is None and config.optimizer.optimizer.lower() == "sgd":
@@ -282,6 +288,7 @@ def _check_strategy(config: Config) -> None:
         raise ConfigError(f"--compression {codec}: --strategy {name} {_NO_CODEC[name]}")
 
 
+_MOMENTUM = ("heavy-ball", "nesterov", "lars")
 _STATISTICS = ("sync", "delayed", "dmb", "server-sync")
 _NO_CODEC = {
     "adasum": "combines whole gradients",

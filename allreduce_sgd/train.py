@@ -231,7 +231,7 @@ def _train(topology: Topology, config: Config, explicit: frozenset[str], preempt
             return topology.broadcast(False)
         assert strategy is not None
         with log or contextlib.nullcontext():
-            schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps)
+            schedule = build_schedule(config.optimizer, strategy.optimizer, total_steps, batch)
             trainer = Trainer(
                 config,
                 peers,

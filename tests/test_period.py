@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.optim.schedule import factor
 from allreduce_sgd.strategies.options import PERIOD_SCHEDULES, StrategyOptions
 from allreduce_sgd.strategies.period import Period, build_period, switch_step
@@ -107,7 +108,7 @@ def test_a_switch_is_a_step(text: str | None, expected: int) -> None:
     ("schedule", "warmup", "expected"), [("step", 0, 50), ("step", 10, 55), ("cosine", 10, 11), ("linear", 0, 1)]
 )
 def test_a_switch_at_the_first_fall_of_the_rate(schedule: str, warmup: int, expected: int) -> None:
-    rate = partial(factor, schedule, total_steps=100, warmup_steps=warmup)
+    rate = partial(factor, OptimizerOptions(lr_schedule=schedule, warmup_steps=warmup), total_steps=100)
     assert switch_step("lr-drop", 100, 20, lambda step: rate(step=step)) == expected
     # Steps up to the switch have a rate that has not fallen, the next has.
     assert rate(step=expected) < rate(step=expected - 1) == max(rate(step=step) for step in range(100))

@@ -10,6 +10,7 @@ for those that work element by element chunks are cut regardless of parameters, 
 bit for bit; for the others (`whole_parameters`) every parameter belongs to one rank, and gradients are all-reduced.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -31,8 +32,12 @@ _ELEMENTWISE = ("SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "Adama
 
 
 def is_elementwise(optimizer: torch.optim.Optimizer) -> bool:
-    """Say whether the optimizer is known to update every element by itself, whatever the others are."""
-    return type(optimizer) in [getattr(torch.optim, name) for name in _ELEMENTWISE if hasattr(torch.optim, name)]
+    """Say whether the optimizer is known to update every element by itself, whatever the others are.
+
+    Known are torch's, and those whose class says so by an attribute `elementwise`.
+    """
+    known = [getattr(torch.optim, name) for name in _ELEMENTWISE if hasattr(torch.optim, name)]
+    return type(optimizer) in known or bool(getattr(optimizer, "elementwise", False))
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -64,8 +69,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             {**group, "params": [one for one in group["params"] if one.requires_grad]} for group in everything
         ]
         sample = make([dict(group) for group in whole_groups])
-        if isinstance(sample, torch.optim.LBFGS):
-            raise ValueError("ShardedOptimizer: LBFGS decides by the whole gradient; do not shard it")
+        closure = inspect.signature(type(sample).step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            name = type(sample).__name__
+            raise ValueError(f"ShardedOptimizer: {name} decides by the whole gradient; do not shard it")
         self._whole = not is_elementwise(sample) if whole_parameters is None else whole_parameters
         self._replica = replica
         self._order = [one for group in whole_groups for one in group["params"]]
@@ -99,6 +106,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._inner.step()
         self._layout.publish()
         return loss
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether the parameters are, while training, not at the optimizer's own point (`optim/nesterov.py`)."""
+        return hasattr(self._inner, "look_back_")
+
+    def look_back_(self) -> None:
+        """Move the parameters to the optimizer's own point. All ranks must call."""
+        self._look("look_back_")
+
+    def look_ahead_(self) -> None:
+        """Move the parameters from the optimizer's own point to where they are to train. All ranks must call."""
+        self._look("look_ahead_")
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._replica.zero_grad(set_to_none)
@@ -186,6 +206,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if hasattr(self, "_adopted"):
             raise RuntimeError("ShardedOptimizer: shards are cut once; make a new one for other parameters")
         super().add_param_group(param_group)
+
+    def _look(self, how: str) -> None:
+        if self._layout is None:
+            getattr(self._inner, how)()
+            return
+        assert self._replica.comm is not None
+        # The ranks may have one memory, which others may still be reading.
+        self._replica.comm.barrier().wait()
+        getattr(self._inner, how)()
+        self._layout.publish()
 
     def _adopt(self) -> None:
         """Have schedulers and scalers see the optimizer that does the work."""

@@ -116,7 +116,7 @@ class Anchored(Strategy):
         if due and self._method.early:
             self._start_due(self._step + 1)
         if share.losses:
-            self._apply(lambda: self._own_gradients(share, self._check_finite))
+            self._apply(lambda: self._own_gradients(share, self._check_finite), lambda: self._own_hessian(share))
         self._step += 1
         self._samples += share.samples
         self._global_samples += share.global_samples

@@ -19,6 +19,8 @@ from allreduce_sgd.gradients.clipping import clip_grad_norm_
 from allreduce_sgd.gradients.replicate import average_buffers, broadcast_tensors
 from allreduce_sgd.gradients.sharded import ShardedOptimizer
 from allreduce_sgd.optim.build import needs_closure
+from allreduce_sgd.optim.nesterov import Nesterov
+from allreduce_sgd.optim.newton import Newton, hessian_of
 from allreduce_sgd.strategies.finite import check_finite
 from allreduce_sgd.strategies.pace import Pace
 from allreduce_sgd.strategies.precision import LossScaling
@@ -67,6 +69,8 @@ class Strategy(ABC):
     """What hands out mini-batches where every rank takes them at its own speed; None: all ranks step together."""
     servers: int = 0
     """How many ranks beside those of `comm` serve parameters."""
+    steps_alike = False
+    """Whether all ranks' optimizers take the same steps, so that the consensus has an optimizer state."""
 
     def __init__(
         self,
@@ -131,19 +135,55 @@ class Strategy(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what only this rank has, beside model and optimizer: tensors, numbers, strings, lists, dicts."""
-        return {"buffers": {name: value.detach() for name, value in self.model.named_buffers()}}
+        ahead = None
+        if self._ahead is not None:
+            # The model that is saved is the consensus. Copied, for they may lie in memory that other ranks read.
+            ahead = {name: value.detach().clone() for name, value in self.model.named_parameters()}
+        return {"buffers": {name: value.detach() for name, value in self.model.named_buffers()}, "ahead": ahead}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, after model and optimizer have been loaded."""
         with torch.no_grad():
             for name, buffer in self.model.named_buffers():
                 buffer.copy_(state["buffers"][name])
+            if self._ahead is not None:
+                for name, parameter in self.model.named_parameters():
+                    parameter.copy_(state["ahead"][name])
+                # Ranks may share the memory, where a late one first loads the consensus.
+                self.comm.barrier().wait()
 
-    def restart(self, step: int) -> None:  # noqa: B027 - most methods have nothing to do here
+    def restart(self, step: int) -> None:
         """Go on from a consensus model just loaded, after so many steps, without a saved state of this rank's own."""
+        if self._ahead is not None:
+            self._ahead.look_ahead_()
 
-    def _apply(self, gradients: Callable[[], Tensor]) -> None:
-        """Run `gradients`, which fills `.grad` and returns the loss, clip, and take the optimizer's step."""
+    @property
+    def _ahead(self) -> Nesterov | ShardedOptimizer | None:
+        """The optimizer, where it trains with parameters ahead of its own point, which is that of the consensus."""
+        optimizer = self.optimizer
+        if not self.steps_alike:
+            return None
+        if isinstance(optimizer, Nesterov) or (isinstance(optimizer, ShardedOptimizer) and optimizer.looks_ahead):
+            return optimizer
+        return None
+
+    @contextmanager
+    def _looking_back(self) -> Iterator[None]:
+        """Within it the parameters are at the optimizer's own point. All ranks must call."""
+        if self._ahead is None:
+            yield
+            return
+        with restored(self.model.parameters()):
+            self._ahead.look_back_()
+            yield
+            # Ranks may share the memory, and others may still be evaluating.
+            self.comm.barrier().wait()
+
+    def _apply(self, gradients: Callable[[], Tensor], hessian: Callable[[], Tensor] | None = None) -> None:
+        """Run `gradients`, which fills `.grad` and returns the loss, clip, and take the optimizer's step.
+
+        `hessian` returns the second derivatives of the same loss, for optimizers that ask for them.
+        """
         if self._needs_closure:
 
             def closure() -> Tensor:
@@ -153,6 +193,10 @@ class Strategy(ABC):
                     self._clip(self.clip_norm)
                 return loss
 
+            if isinstance(self.optimizer, Newton):
+                assert hessian is not None, "check_optimizer refuses Newton elsewhere"
+                self.optimizer.step(closure, hessian)
+                return
             self.optimizer.step(closure)  # type: ignore[arg-type]  # LBFGS takes a Tensor's value by float()
             return
         self.optimizer.zero_grad(set_to_none=True)
@@ -175,6 +219,16 @@ class Strategy(ABC):
         if check:
             check_finite(self.model, loss, self.comm.rank)
         return loss
+
+    def _own_hessian(self, share: Share) -> Tensor:
+        """Return the second derivatives of the share's mean loss, without any communication; float64, (n, n)."""
+        assert isinstance(self.optimizer, Newton)
+        parameters = self.optimizer.parameters
+        count = sum(parameter.numel() for parameter in parameters)
+        total = torch.zeros(count, count, dtype=torch.float64, device=parameters[0].device)
+        for compute in share.losses:
+            total += hessian_of(compute(self.model), parameters)
+        return total
 
     def _backward(self, loss: Tensor) -> None:
         if self.scaling is None:

@@ -14,6 +14,7 @@ from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.gradients.sharded import Groups, is_elementwise
 from allreduce_sgd.gradients.sparse import has_sparse_gradients
 from allreduce_sgd.optim.build import build_optimizer, check_takes_sparse, needs_closure
+from allreduce_sgd.optim.newton import Newton
 from allreduce_sgd.optim.options import OptimizerOptions
 from allreduce_sgd.strategies.adasum import Adasum
 from allreduce_sgd.strategies.anchored import Anchored
@@ -124,6 +125,8 @@ def check_optimizer(
     if not needs_closure(optimizer):
         return
     name = type(optimizer).__name__
+    if isinstance(optimizer, Newton):
+        _check_newton(options, gradients)
     if precision == "fp16":
         raise ConfigError(
             f"--precision fp16: {name} evaluates the loss several times a step, which loss scaling cannot follow; "
@@ -131,6 +134,22 @@ def check_optimizer(
         )
     if gradients.shard_optimizer:
         raise ConfigError(f"--shard-optimizer: {name} decides by the whole gradient, and cannot be sharded")
+
+
+def _check_newton(options: StrategyOptions, gradients: GradientOptions) -> None:
+    """Raise ConfigError where there is no one Hessian of what the gradients are those of."""
+    if options.strategy != "sync" and options.strategy not in LOCAL:
+        raise ConfigError(
+            f"--optimizer newton: evaluates the loss several times a step, which --strategy {options.strategy} cannot "
+            f"follow; take sync"
+        )
+    if options.virtual_ranks is not None:
+        raise ConfigError(
+            f"--optimizer newton: the sum of Hessians depends on the ranks started, which --virtual-ranks "
+            f"{options.virtual_ranks} rules out; leave one of the two out"
+        )
+    if gradients.sync_batch_norm:
+        raise ConfigError("--sync-batch-norm: it cannot be differentiated twice, as --optimizer newton needs it")
 
 
 def _method(options: StrategyOptions, ranks: int) -> Method:

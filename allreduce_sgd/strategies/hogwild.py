@@ -34,7 +34,7 @@ from allreduce_sgd.gradients.options import GradientOptions
 from allreduce_sgd.gradients.replicate import broadcast_tensors, check_same_model
 from allreduce_sgd.gradients.sharded import is_elementwise
 from allreduce_sgd.gradients.sparse import has_sparse_gradients
-from allreduce_sgd.optim.build import check_takes_sparse
+from allreduce_sgd.optim.build import check_takes_sparse, name_of
 from allreduce_sgd.strategies.base import Share, Strategy, agree_on_buffers, restored
 from allreduce_sgd.strategies.pace import REPORTED, Pace, Ticket
 from allreduce_sgd.strategies.precision import LossScaling
@@ -214,7 +214,7 @@ class Hogwild(Strategy):
 def check_hogwild_optimizer(optimizer: torch.optim.Optimizer, sparse: bool) -> None:
     """Raise ConfigError unless ranks can take this optimizer's steps in one memory; `sparse`: with sparse gradients."""
     kind = type(optimizer)
-    name = kind.__name__.lower()
+    name = name_of(optimizer)
     if not is_elementwise(optimizer) and kind is not torch.optim.SparseAdam:
         raise ConfigError(
             f"--optimizer {name}: strategy hogwild needs one that updates each element by itself, such as sgd, adagrad "

@@ -35,6 +35,8 @@ class Late(Strategy):
     sync_batch_norm.
     """
 
+    steps_alike = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -105,6 +107,8 @@ class Late(Strategy):
     def finish(self) -> None:
         while self._sums.outstanding:
             self._apply_oldest()
+        if self._ahead is not None:
+            self._ahead.look_back_()
         agree_on_buffers(self.model, self.comm, self._options.buffers)
 
     def state_dict(self) -> dict[str, Any]:

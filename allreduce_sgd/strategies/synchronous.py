@@ -41,6 +41,7 @@ class Synchronous(Strategy):
     """
 
     name = "sync"
+    steps_alike = True
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class Synchronous(Strategy):
             self.replica.set_gradient_weight(self.weight(share))
         self._steps += 1
         if self._noise is None or self._steps % (self._noise_every or 1) or share.global_samples % self.comm.size:
-            self._apply(lambda: self._gradients(share))
+            self._apply(lambda: self._gradients(share), lambda: self._hessian(share))
         else:
             self._apply(lambda: self._measured_gradients(share))
         if self._resync is not None:
@@ -105,11 +106,13 @@ class Synchronous(Strategy):
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        with restored(self.model.buffers()):
-            self.finish()
+        with restored(self.model.buffers()), self._looking_back():
+            agree_on_buffers(self.model, self.comm, self._buffers)
             yield
 
     def finish(self) -> None:
+        if self._ahead is not None:
+            self._ahead.look_back_()
         agree_on_buffers(self.model, self.comm, self._buffers)
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,6 +172,10 @@ class Synchronous(Strategy):
             # Line searches decide by the loss: it must be the same number on all ranks.
             loss = self.comm.all_reduce(loss * share.weight).wait()
         return loss
+
+    def _hessian(self, share: Share) -> Tensor:
+        """Return the second derivatives of the mean loss over all ranks. All ranks must call."""
+        return self.comm.all_reduce(self._own_hessian(share) * share.weight).wait()
 
     def _measured_gradients(self, share: Share) -> Tensor:
         """Compute the gradients, and take the norms of this rank's own and of the average into the noise scale."""

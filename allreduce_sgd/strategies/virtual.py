@@ -51,6 +51,7 @@ class VirtualRanks(Strategy):
     """
 
     name = "sync"
+    steps_alike = True
     consensus_kind = "every rank's model (equal on all); buffers averaged over virtual ranks"
 
     def __init__(
@@ -85,10 +86,12 @@ class VirtualRanks(Strategy):
 
     @contextmanager
     def consensus(self) -> Iterator[None]:
-        yield
+        with self._looking_back():
+            yield
 
     def finish(self) -> None:
-        pass
+        if self._ahead is not None:
+            self._ahead.look_back_()
 
     def summary(self) -> dict[str, Any]:
         return {"virtual_ranks": self._tree.root.stop}
@@ -101,6 +104,7 @@ class VirtualRanks(Strategy):
         self._steps = state["steps"]
 
     def restart(self, step: int) -> None:
+        super().restart(step)
         self._steps = step
 
     def _gradients(self, share: Share) -> Tensor:

@@ -126,7 +126,7 @@ def _fit(
     feed = Feed(dataset, loss, device, "fp32", 1)
     replica = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
     optimizer = build_optimizer(config.optimizer, model.parameters())
-    schedule = build_schedule(config.optimizer, optimizer, total_steps)
+    schedule = build_schedule(config.optimizer, optimizer, total_steps, batch)
     model.train()
     watch = Stopwatch(comm, device)
     step = samples = 0

@@ -9,6 +9,12 @@ from torch import Tensor, nn, optim
 from allreduce_sgd import DistributedDataParallel
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.gradients.sharded import Groups
+from allreduce_sgd.optim.build import build_optimizer
+from allreduce_sgd.optim.heavy_ball import HeavyBall
+from allreduce_sgd.optim.lamb import Lamb
+from allreduce_sgd.optim.lars import Lars
+from allreduce_sgd.optim.nesterov import Nesterov
+from allreduce_sgd.optim.options import OptimizerOptions
 
 __all__ = [
     "ELEMENTWISE",
@@ -24,6 +30,8 @@ __all__ = [
 ]
 
 Make = Callable[[Groups], optim.Optimizer]
+
+PENALTIES = OptimizerOptions(optimizer="nesterov", l1=0.05, weight_decay=0.1, weight_decay_form="decoupled")
 
 ELEMENTWISE: dict[str, Make] = {
     "sgd": lambda groups: optim.SGD(groups, lr=0.1),
@@ -42,51 +50,17 @@ ELEMENTWISE: dict[str, Make] = {
     "radam": lambda groups: optim.RAdam(groups, lr=0.01),
     "asgd": lambda groups: optim.ASGD(groups, lr=0.01),
     "rprop": lambda groups: optim.Rprop(groups, lr=0.01),
+    "heavy_ball": lambda groups: HeavyBall(groups, lr=0.1, weight_decay=0.01),
+    "textbook_nesterov": lambda groups: Nesterov(groups, lr=0.1),
+    "penalties": lambda groups: build_optimizer(PENALTIES, groups),
 }
 
 
-class Lars(optim.Optimizer):
-    """You et al. 2017, arXiv 1708.03888: every tensor's step is scaled by its norm over its gradient's."""
-
-    def __init__(self, groups: Groups) -> None:
-        super().__init__(groups, {"lr": 5.0, "momentum": 0.9, "decay": 0.01, "trust": 0.01})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for one in group["params"]:
-                if one.grad is None:
-                    continue
-                gradient = one.grad + group["decay"] * one
-                norm, steepness = one.norm(), one.grad.norm() + group["decay"] * one.norm()
-                ratio = group["trust"] * norm / steepness if norm > 0 and steepness > 0 else 1.0
-                velocity = self.state[one].setdefault("velocity", torch.zeros_like(one))
-                velocity.mul_(group["momentum"]).add_(gradient * ratio)
-                one.sub_(group["lr"] * velocity)
-
-
-class Lamb(optim.Optimizer):
-    """You et al. 2019, arXiv 1904.00962: Adam's step, of a length in proportion to the tensor's norm."""
-
-    def __init__(self, groups: Groups) -> None:
-        super().__init__(groups, {"lr": 0.05})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            for one in group["params"]:
-                if one.grad is None:
-                    continue
-                state = self.state[one]
-                first = state.setdefault("first", torch.zeros_like(one)).lerp_(one.grad, 0.1)
-                second = state.setdefault("second", torch.zeros_like(one)).lerp_(one.grad.square(), 0.01)
-                state["step"] = step = state.get("step", 0) + 1
-                move = (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-6) + 0.01 * one
-                norm, length = one.norm(), move.norm()
-                one.sub_(group["lr"] * (norm / length if norm > 0 and length > 0 else 1.0) * move)
-
-
-WHOLE: dict[str, Make] = {"adafactor": lambda groups: optim.Adafactor(groups, lr=0.05), "lars": Lars, "lamb": Lamb}
+WHOLE: dict[str, Make] = {
+    "adafactor": lambda groups: optim.Adafactor(groups, lr=0.05),
+    "lars": lambda groups: Lars(groups, lr=5.0, weight_decay=0.01, trust=0.01),
+    "lamb": lambda groups: Lamb(groups, lr=0.05, betas=(0.9, 0.99)),
+}
 if hasattr(optim, "Muon"):
     WHOLE["muon"] = lambda groups: optim.Muon(groups, lr=0.05)
 

@@ -100,8 +100,8 @@ def serial(options: OptimizerOptions, steps: int, count: int, bias: bool = True)
     return model
 
 
-# SparseAdam takes sparse gradients only, which no model here has.
-OPTIMIZERS = sorted(set(optimizer_names()) - {"sparseadam"})
+# SparseAdam takes sparse gradients only, which no model here has; Newton's method is tested in test_optimizers.py.
+OPTIMIZERS = sorted(set(optimizer_names()) - {"sparseadam", "newton"})
 
 
 @pytest.mark.parametrize("shard", [False, True])
