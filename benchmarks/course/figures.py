@@ -10,7 +10,7 @@
 import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf, isfinite, nan
 from pathlib import Path
 from types import MappingProxyType
@@ -43,10 +43,14 @@ _CHAINS_PER_SEED = 2
 
 @dataclass(frozen=True)
 class Figure:
-    """`jobs` are what it needs to be trained for every seed, `rows` what their folders make."""
+    """`jobs` are what it needs to be trained for every seed, `rows` what their folders make.
+
+    `series` are the trainings of loss curves, by the names of their lines.
+    """
 
     jobs: Callable[[Course], list[Job]]
     rows: Callable[[Course], Rows]
+    series: Mapping[str, Job] = field(default_factory=dict)
 
 
 def _sgd(lr: float, momentum: float = 0.0, batch_size: int = _BATCH_SIZE) -> Job:
@@ -67,7 +71,7 @@ def _curves(name: str, title: str, jobs: Mapping[str, Job], note: str) -> Figure
         }
         return [{**shared, "series": series, **_curve(course, job)} for series, job in jobs.items()]
 
-    return Figure(lambda course: list(jobs.values()), rows)
+    return Figure(lambda course: list(jobs.values()), rows, jobs)
 
 
 def _curve(course: Course, job: Job) -> dict[str, Any]:

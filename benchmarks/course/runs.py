@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.runs import check_same, train
 
-__all__ = ["Course", "Job", "evaluations", "training_losses"]
+__all__ = ["Course", "Job", "entries", "evaluations", "training_losses"]
 
 _LOGGED_PER_EPOCH = 8
 _LARGEST_LOGGED_BATCH = 256
@@ -95,7 +95,7 @@ def training_losses(folder: Path, interval_samples: int) -> tuple[list[int], lis
     places: list[int] = []
     means: list[float] = []
     reached, total = 0, 0.0
-    for each in (entry for entry in _entries(folder) if entry["event"] == "train"):
+    for each in (entry for entry in entries(folder) if entry["event"] == "train"):
         total += (inf if each["loss"] is None else each["loss"]) * (each["samples"] - reached)
         reached = each["samples"]
         since = reached - (places[-1] if places else 0)
@@ -107,8 +107,9 @@ def training_losses(folder: Path, interval_samples: int) -> tuple[list[int], lis
 
 
 def evaluations(folder: Path) -> list[dict[str, Any]]:
-    return [entry for entry in _entries(folder) if entry["event"] == "evaluation"]
+    return [entry for entry in entries(folder) if entry["event"] == "evaluation"]
 
 
-def _entries(folder: Path) -> list[dict[str, Any]]:
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of the run's metrics.jsonl."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
