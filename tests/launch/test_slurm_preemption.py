@@ -79,8 +79,8 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return summary
 
 
-def has_step_3(metrics: Path) -> Callable[[str], bool]:
-    return lambda _: metrics.exists() and '"step": 3,' in metrics.read_text()
+def has_step_2(metrics: Path) -> Callable[[str], bool]:
+    return lambda _: metrics.exists() and '"step": 2,' in metrics.read_text()
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
@@ -199,13 +199,14 @@ def test_preempted_jobs_make_room_and_go_on_to_the_same_parameters(slurm: SlurmC
                 "2",
             ],
             folder=jobs.folder,
-            environment={**environment(launch), "MPIRUN": str(programs / "mpirun"), **SLOW},
+            # Slow enough for one that has started not to end before the others start.
+            environment={**environment(launch), "MPIRUN": str(programs / "mpirun"), "TEST_STEP_SECONDS": "1"},
         )
         for node, ranks, programs, launch in launches
     ]
     for number in numbers:
         metrics = jobs.folder / f"runs/slurm-{number}/metrics.jsonl"
-        slurm.watch(number, jobs.folder, has_step_3(metrics))
+        slurm.watch(number, jobs.folder, has_step_2(metrics))
     urgent = slurm.run(
         ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--wrap=hostname"], folder=jobs.folder
     )
