@@ -77,11 +77,11 @@ def _sample(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Se
     options = {name: value for name, value in optimizer.defaults.items() if name in accepted}
     made = type(optimizer)([{**group, "params": parameters}], **options)
 
-    def closure() -> Tensor:
+    def closure() -> float:
         made.zero_grad()
         loss = torch.stack([((one - 1) ** 4).sum() for one in parameters]).sum()
         loss.backward()
-        return loss
+        return float(loss)
 
     if needs_closure(optimizer):
         made.step(closure)
