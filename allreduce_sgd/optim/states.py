@@ -81,7 +81,7 @@ def _sample(optimizer: torch.optim.Optimizer, group: Mapping[str, Any], like: Se
         made.zero_grad()
         loss = torch.stack([((one - 1) ** 4).sum() for one in parameters]).sum()
         loss.backward()
-        return float(loss)
+        return loss.item()
 
     if needs_closure(optimizer):
         made.step(closure)
