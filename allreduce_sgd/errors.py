@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TextIO
 
 __all__ = [
     "CheckpointError",
@@ -15,6 +16,7 @@ __all__ = [
     "counted",
     "located",
     "quoted",
+    "write_line",
 ]
 
 _LONGEST_QUOTED = 200
@@ -71,6 +73,15 @@ def quoted(value: object) -> str:
         # Python does not write out integers of thousands of digits.
         text = f"a very large {type(value).__name__}"
     return text if len(text) <= _LONGEST_QUOTED else f"{text[:_LONGEST_QUOTED]}..."
+
+
+def write_line(text: str, file: TextIO) -> None:
+    """Write `text` and the end of its line as one piece, and flush.
+
+    With PYTHONUNBUFFERED `print` writes them one after the other, and launchers put another rank's line in between.
+    """
+    file.write(f"{text}\n")
+    file.flush()
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import time
 import traceback
 from types import TracebackType
 
-from allreduce_sgd.errors import CommunicationError, ConfigError, OutputError
+from allreduce_sgd.errors import CommunicationError, ConfigError, OutputError, write_line
 from allreduce_sgd.topology import Topology
 
 __all__ = ["INTERRUPTED", "install_excepthooks"]
@@ -81,4 +81,4 @@ def _delay_seconds(error: BaseException, topology: Topology) -> float:
 
 def _say(text: str) -> None:
     # torch.distributed wraps the excepthook and collects sys.stderr while ours runs, which ends the process.
-    print(text, file=sys.__stderr__ or sys.stderr, flush=True)
+    write_line(text, sys.__stderr__ or sys.stderr)

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from allreduce_sgd.errors import MemoryNotSharedError
+from allreduce_sgd.errors import MemoryNotSharedError, write_line
 from allreduce_sgd.topology import Topology
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ class Preemption:
 
     def _end(self, why: str, status: int) -> None:
         try:
-            print(f"{self._topology.describe()}: {why}", file=sys.__stderr__ or sys.stderr, flush=True)
+            write_line(f"{self._topology.describe()}: {why}", sys.__stderr__ or sys.stderr)
             time.sleep(_FORWARDING_SECONDS)
         finally:
             self._topology.abort(status)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from allreduce_sgd.command_line import parse
 from allreduce_sgd.config import Config, RunOptions
-from allreduce_sgd.errors import ConfigError, OutputError
+from allreduce_sgd.errors import ConfigError, OutputError, write_line
 from allreduce_sgd.failure import install_excepthooks
 from allreduce_sgd.preemption import Preemption
 from allreduce_sgd.resume import differences, find_checkpoint, fitting, resumed_config, saved_choice
@@ -99,7 +99,7 @@ def _parsed(config: Config | None, mistake: ConfigError | None) -> Config:
 
 
 def _complain(problem: Exception) -> None:
-    print(f"allreduce-sgd: error: {problem}", file=sys.stderr, flush=True)
+    write_line(f"allreduce-sgd: error: {problem}", sys.stderr)
 
 
 def _train(topology: Topology, config: Config, explicit: frozenset[str], preemption: Preemption) -> bool:

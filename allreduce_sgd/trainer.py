@@ -18,12 +18,13 @@ from allreduce_sgd.config import Config
 from allreduce_sgd.data.sampling import Sampler
 from allreduce_sgd.data.split import Dataset
 from allreduce_sgd.display import Display
-from allreduce_sgd.errors import located
+from allreduce_sgd.errors import located, quoted
 from allreduce_sgd.evaluator import Evaluator
 from allreduce_sgd.gradients.check_sync import SyncCheck
 from allreduce_sgd.metrics import MetricsLog, Totals
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.optim.plateau import Plateau, set_rate
+from allreduce_sgd.optim.states import check_state
 from allreduce_sgd.progress import Progress
 from allreduce_sgd.random_state import random_state, restore_random_state
 from allreduce_sgd.report import Report
@@ -178,7 +179,13 @@ class Trainer:
     def load_state_dict(self, shared: Mapping[str, Any], own: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint; `own` is None where this rank has no state of its own in it (another rank count)."""
         self.strategy.model.load_state_dict(shared["model"])
+        sharded = self.strategy.sharded
+        if sharded is None:
+            check_state(self.strategy.optimizer, shared["optimizer"])
+        else:
+            check_state(sharded.inner, shared["optimizer"], sharded.whole_parameters)
         self.strategy.optimizer.load_state_dict(shared["optimizer"])
+        _check_kinds("schedule", shared["schedule"], self.schedule.state_dict())
         self.schedule.load_state_dict(shared["schedule"])
         if self._plateau is not None:
             self._plateau.load_state_dict(shared["plateau"])
@@ -329,3 +336,10 @@ class Trainer:
                 self.strategy.before_checkpoint(self.step)
                 checkpoint.save(self.folder, self.step, shared, own, self.config.run.keep_checkpoints, everyone)
         self._saved_step = self.step
+
+
+def _check_kinds(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a saved state has the entries of the present one, and of their types."""
+    for name in saved.keys() | own.keys():
+        if name not in saved or name not in own or type(saved[name]) is not type(own[name]):
+            raise ValueError(f"{what}: {quoted(name)} is {quoted(saved.get(name))}")

@@ -8,6 +8,7 @@
 settings=() # NAME=value, for --dry-run to print what set_default exported
 options=()  # of mpirun
 command=()  # what starts the ranks
+kind=       # of mpirun: openmpi, mpich or other
 restarted=  # whether ranks are started once more, after a failure
 
 die() {
@@ -188,15 +189,30 @@ newest_checkpoint() { # FOLDER of a run: prints that of its newest checkpoint, o
     find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | LC_ALL=C sort | tail -n 1
 }
 
+summary_time() { # FOLDER of a run: prints when its summary was written, or nothing
+    stat -c %y "$1/summary.json" 2>/dev/null || true
+}
+
+# Open MPI's mpirun ends with status 0 also where it lost a daemon, with its host or by a signal, and ended all ranks for
+# that. Only the trainer's own runs tell: they write their summary at the end.
+ended_early() { # KIND STATUS FOLDER SUMMARY_TIME (before): says whether status 0 means that
+    [[ $1/$2 == openmpi/0 && -z ${PROGRAM:-} && -n $(newest_checkpoint "$3") && $(summary_time "$3") == "$4" ]]
+}
+
 # Not after 0 (done), 2 (bad input), 75 (pre-empted after a checkpoint), 130 (Ctrl-C), or a signal to this script.
 execute_with_restarts() { # RESTARTS ARGUMENTS...: of the program, for which make_command sets command
-    local left=$1 status checkpoint say
+    local left=$1 status checkpoint say before
     shift
     find_run_folder "$@"
     while :; do
         make_command "$@"
         status=0
+        before=$(summary_time "$run_folder")
         run_and_forward_signals "${command[@]}" || status=$?
+        if ended_early "$kind" "$status" "$run_folder" "$before"; then
+            echo "${0##*/}: mpirun lost a daemon, and ended the ranks with status 0" >&2
+            status=1
+        fi
         case $status in 0 | 2 | 75 | 130) exit "$status" ;; esac
         [[ -z $stopped ]] || exit "$status"
         say="${0##*/}: ended with status $status"

@@ -84,13 +84,18 @@ run_and_warn() { # SIGNAL COMMAND...: gives the command SIGNAL for USR1 and TERM
     return "$status"
 }
 
+# PreemptTime is None, or a time.
+preempted() { # says whether SLURM wants the job's place for another
+    [[ $(scontrol show --oneliner job "$SLURM_JOB_ID" 2>/dev/null) =~ PreemptTime=[0-9] ]]
+}
+
 requeue() { # has SLURM start this job again, unless somebody has cancelled it
     [[ " $(scontrol show --oneliner job "$SLURM_JOB_ID" 2>/dev/null) " == *" JobState=RUNNING "* ]] || return 0
     scontrol requeue "$SLURM_JOB_ID" || true
 }
 
 run_job() { # ARGUMENTS...
-    local mpirun='' python program arguments output kind launch ranks warned status=0
+    local mpirun='' python program arguments output kind launch ranks warned before status=0
     ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
     mpirun=$(find_mpirun "$home" 2>/dev/null && echo "$mpirun") || mpirun=
     find_python "$mpirun"
@@ -117,9 +122,16 @@ run_job() { # ARGUMENTS...
     command+=("$python" "${program[@]}" "${arguments[@]}" "${output[@]}")
 
     echo "$SLURM_JOB_NUM_NODES node(s), $ranks rank(s): ${command[*]}"
+    before=$([[ ${#output[@]} == 0 ]] || summary_time "${output[1]}")
     run_and_warn USR1 "${command[@]}" || status=$?
+    ((${#output[@]})) || return "$status"
+    # Its daemons end when TERM comes for the job's steps.
+    if [[ $launch == mpirun ]] && ended_early "$kind" "$status" "${output[1]}" "$before"; then
+        echo "mpirun lost a daemon, and ended the ranks with status 0" >&2
+        status=143
+    fi
     # 75: the program saved a checkpoint because of the warning; above 128: it died of it, for it had only just begun.
-    if ((${#output[@]})) && { ((status == 75)) || { [[ -n $warned ]] && ((status > 128)); }; }; then
+    if ((status == 75)) || { ((status > 128)) && { [[ -n $warned ]] || preempted; }; }; then
         requeue
     fi
     return "$status"

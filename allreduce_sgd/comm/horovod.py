@@ -22,7 +22,7 @@ from torch import Tensor
 
 from allreduce_sgd.comm.base import FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
 from allreduce_sgd.comm.polled import PolledWork
-from allreduce_sgd.errors import CommunicationError, ConfigError
+from allreduce_sgd.errors import CommunicationError, ConfigError, write_line
 from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.topology import Topology
 
@@ -219,7 +219,7 @@ class HorovodCommunicator:
         return HorovodCommunicator(self._job, self._add_process_set(own), own, self.timeout_seconds)
 
     def abort(self, why: str) -> NoReturn:
-        print(f"rank {self.rank} of {self.size}: {why}", file=sys.stderr, flush=True)
+        write_line(f"rank {self.rank} of {self.size}: {why}", sys.stderr)
         self._job.topology.abort(1)
 
     def close(self) -> None:

@@ -37,7 +37,7 @@ from allreduce_sgd.comm.node import NodeAllReduce
 from allreduce_sgd.comm.progress import Channel, Operation, Program, ProgressEngine
 from allreduce_sgd.comm.reduction import accumulator_dtype, finish
 from allreduce_sgd.comm.staging import CudaCopier, mpi_takes_device_memory, settle, staged
-from allreduce_sgd.errors import CommunicationError
+from allreduce_sgd.errors import CommunicationError, write_line
 from allreduce_sgd.schedules import ring, tree
 from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.schedules.recursive_doubling import recursive_doubling
@@ -221,7 +221,7 @@ class MpiCommunicator:
                 part.Free()
 
     def abort(self, why: str) -> NoReturn:
-        print(f"rank {self.rank} of {self.size}: {why}", file=sys.stderr, flush=True)
+        write_line(f"rank {self.rank} of {self.size}: {why}", sys.stderr)
         self._comm.Abort(1)
         raise SystemExit(1)
 

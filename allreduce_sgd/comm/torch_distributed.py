@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but not in its __all__
 
 from allreduce_sgd.comm.base import FinishedWork, ReduceOp, Traffic, Work, check_buffer, check_reduction
-from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, ConfigError
+from allreduce_sgd.errors import CommunicationError, CommunicationTimeout, ConfigError, write_line
 from allreduce_sgd.interfaces import GLOO, NCCL, bound_address, interface_mistake, usable_interfaces
 from allreduce_sgd.schedules.step import chunk
 from allreduce_sgd.topology import Topology
@@ -229,7 +229,7 @@ class TorchCommunicator:
         return TorchCommunicator(group, members, self.backend, self.timeout_seconds)
 
     def abort(self, why: str) -> NoReturn:
-        print(f"rank {self.rank} of {self.size}: {why}", file=sys.stderr, flush=True)
+        write_line(f"rank {self.rank} of {self.size}: {why}", sys.stderr)
         os._exit(1)
 
     def close(self) -> None:

@@ -149,6 +149,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             return [one.grad for one in self._order if one.grad is not None]
         return [shard.gradient for shard in self._given_shards()]
 
+    @property
+    def inner(self) -> torch.optim.Optimizer:
+        """The optimizer that updates this rank's shards."""
+        return self._inner
+
+    @property
+    def whole_parameters(self) -> list[Tensor]:
+        """All that is trained, by this rank and others, in the order of `state_dict`."""
+        return list(self._order)
+
     def state_bytes(self) -> int:
         """Return the size of this rank's part of the optimizer's state."""
         values = [value for state in self._inner.state.values() for value in state.values()]

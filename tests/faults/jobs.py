@@ -3,6 +3,7 @@
 import contextlib
 import time
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ from allreduce_sgd.checkpoint import find
 from tests.launching import Finished, mpirun
 from tests.test_shared_memory_kill import SHM, abandoned_in_shm
 
-__all__ = ["TRAIN", "assert_nothing_left", "ended_after_fault", "newest_step", "processes_of"]
+__all__ = ["TRAIN", "assert_nothing_left", "ended_after_fault", "leaving_nothing", "newest_step", "processes_of"]
 
 TRAIN = ["-m", "allreduce_sgd.train", "--steps", "12", "--checkpoint-every", "4", "--batch-size", "16"]
 # On a busy machine; a job that waits for its peers' deadline takes 300.
@@ -24,19 +25,29 @@ def ended_after_fault(folder: Path, fault: str, *flags: str) -> Finished:
 
     The run's folder is `folder`/run.
     """
-    name = str(uuid.uuid4())
     fault_time = folder / "fault_time"
-    before = abandoned_in_shm() if SHM.is_dir() else None
-    done = mpirun(
-        2,
-        [*TRAIN, "--model", "tests.faults.victims:victim", "--output", str(folder / "run"), *flags],
-        timeout_seconds=200,
-        environment={"TEST_FAULT": fault, "TEST_FAULT_TIME": str(fault_time), _NAME: name},
-    )
-    assert fault_time.exists(), f"{done.output}\n{done.errors}"
-    assert time.time() - float(fault_time.read_text()) < _SOON_SECONDS
-    assert_nothing_left(name, before)
+    with leaving_nothing() as mark:
+        done = mpirun(
+            2,
+            [*TRAIN, "--model", "tests.faults.victims:victim", "--output", str(folder / "run"), *flags],
+            timeout_seconds=200,
+            environment={"TEST_FAULT": fault, "TEST_FAULT_TIME": str(fault_time), **mark},
+        )
+        assert fault_time.exists(), f"{done.output}\n{done.errors}"
+        assert time.time() - float(fault_time.read_text()) < _SOON_SECONDS
     return done
+
+
+@contextlib.contextmanager
+def leaving_nothing() -> Iterator[dict[str, str]]:
+    """Assert that a job which begins and ends within leaves no process and no shared memory.
+
+    Yields what its environment must have, by which its processes are known from those of others.
+    """
+    name = str(uuid.uuid4())
+    before = abandoned_in_shm() if SHM.is_dir() else None
+    yield {_NAME: name}
+    assert_nothing_left(name, before)
 
 
 def assert_nothing_left(name: str, shm_before: set[str] | None) -> None:

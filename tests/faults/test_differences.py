@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import allreduce_sgd
+from tests.faults.jobs import leaving_nothing
 from tests.launching import mpirun
 
 # Each of these begins a training on two ranks, in the same processes; rank 1 has something of its own.
@@ -51,7 +52,8 @@ def test_ranks_that_differ_do_not_train_and_what_differs_is_named(tmp_path: Path
         np.savez(tmp_path / f"host{rank}" / "data.npz", x_train=inputs, y_train=targets, x_test=inputs, y_test=targets)
     damaged = tmp_path / "host1" / "data.npz"
     damaged.write_bytes(damaged.read_bytes()[:-100])
-    done = mpirun(2, ["-c", ATTEMPTS, str(tmp_path)])
+    with leaving_nothing() as mark:
+        done = mpirun(2, ["-c", ATTEMPTS, str(tmp_path)], environment=mark)
     assert [json.loads(line) for line in done.output.splitlines()] == [[2] * 5] * 2, done.errors
     lines = [line.removeprefix("allreduce-sgd: error: ") for line in done.errors.splitlines()]
     assert len(lines) == 5, done.errors

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import TRAIN, newest_step
+from tests.faults.jobs import TRAIN, leaving_nothing, newest_step
 from tests.launch.requirements import require_root
 from tests.launching import ROOT, environment_with, find_mpirun, python
 
@@ -54,15 +54,16 @@ def run_on_a_disk(folder: Path, ranks: int, mishap: str, step: int, *flags: str)
     probe = subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False)
     if probe.returncode:
         pytest.skip("no mount namespaces here")
-    return subprocess.run(
-        ["unshare", "--mount", "sh", "-c", ON_A_DISK, "sh", "4m", str(folder), *launcher, *program],
-        env=environment_with({"DISK": str(disk), "TEST_MISHAP": mishap, "TEST_STEP": str(step)}),
-        cwd=ROOT,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    with leaving_nothing() as mark:
+        return subprocess.run(
+            ["unshare", "--mount", "sh", "-c", ON_A_DISK, "sh", "4m", str(folder), *launcher, *program],
+            env=environment_with({"DISK": str(disk), "TEST_MISHAP": mishap, "TEST_STEP": str(step), **mark}),
+            cwd=ROOT,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
 
 
 def the_line_of(done: subprocess.CompletedProcess[str]) -> str:

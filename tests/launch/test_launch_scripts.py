@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.launch.requirements import open_mpi
+
 ROOT = Path(__file__).resolve().parents[2]
 LOCAL = ROOT / "launch" / "mpirun_local.sh"
 HOSTS = ROOT / "launch" / "mpirun_hosts.sh"
@@ -198,15 +200,18 @@ sys.exit(int(sys.argv[1]))
 """
 
 
-@pytest.mark.parametrize("status", [0, 7])
-def test_two_ranks_run(tmp_path: Path, status: int) -> None:
-    if not (BIN / "mpirun").exists():
+@pytest.mark.parametrize(("mpi", "status"), [("own", 0), ("own", 7), ("openmpi", 7)])
+def test_two_ranks_run(tmp_path: Path, mpi: str, status: int) -> None:
+    programs = BIN if mpi == "own" else open_mpi()
+    if not (programs / "mpirun").exists():
         pytest.skip("the environment brings no mpirun (pip install mpich)")
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     # A PATH without the environment: the script must find the python beside mpirun.
     path = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if part != str(BIN))
-    done = run(LOCAL, "-n", "2", "--", str(status), "a b", MPIRUN=str(BIN / "mpirun"), PROGRAM=str(program), PATH=path)
+    done = run(
+        LOCAL, "-n", "2", "--", str(status), "a b", MPIRUN=str(programs / "mpirun"), PROGRAM=str(program), PATH=path
+    )
     assert done.returncode == status, done.stderr
     cores = len(os.sched_getaffinity(0))
     assert f"[(0, {cores}), (1, {cores})] ['{status}', 'a b']" in done.stdout

@@ -4,13 +4,12 @@ import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.launch.requirements import require_slurm
+from tests.launch.requirements import open_mpi, require_slurm
 from tests.launch.slurm_cluster import Job, SlurmCluster
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,14 +40,19 @@ from mpi4py import MPI
 sys.exit(3 if MPI.COMM_WORLD.rank == 1 else 0)
 """
 
-# The first time it waits for the warning and "saves", as a trainer would; the second time it "resumes".
+# The first time it waits for the warning and "saves", as a trainer would; the second time it "resumes". With
+# PYTHONUNBUFFERED print() writes a line and its end one after the other, and another rank's line may come between.
 PREEMPTED = """\
-import pathlib, signal, sys, time
+import os, pathlib, signal, sys, time
 from mpi4py import MPI
 
 rank, flag, folder = MPI.COMM_WORLD.rank, sys.argv[-2], pathlib.Path(sys.argv[-1])
+
+def say(text):
+    os.write(1, f"rank {rank} {text}\\n".encode())
+
 if flag == "--resume":
-    print(f"rank {rank} resumed", flush=True)
+    say("resumed")
     sys.exit(0)
 warned = []
 signal.signal(signal.SIGUSR1, lambda *_: warned.append(1))
@@ -56,33 +60,36 @@ if rank == 0:
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "checkpoints" / "latest").write_text("step-00000001")
 MPI.COMM_WORLD.Barrier()
-print(f"rank {rank} runs", flush=True)
+say("runs")
 deadline = time.monotonic() + 60
 while not warned and time.monotonic() < deadline:
     time.sleep(0.05)
-print(f"rank {rank} warned", flush=True)
-sys.exit(75)
+say("warned" if warned else "waited in vain")
+sys.exit(75 if warned else 1)
 """
 
+# The MPI (that of the tests' own environment is MPICH), and what starts the ranks.
+LAUNCHES = [("own", "mpirun"), ("own", "pmi2"), ("openmpi", "mpirun"), ("openmpi", "pmix")]
 
-def environment(launch: str, program: Path) -> dict[str, str]:
+
+def environment(launch: str, program: Path, mpi: str = "own") -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "SLURM_", "PMI"))}
     return {
         **clean,
         "ALLREDUCE_SGD_HOME": str(ROOT),
         "LAUNCH": launch,
-        "MPIRUN": str(BIN / "mpirun"),
+        "MPIRUN": str((BIN if mpi == "own" else open_mpi()) / "mpirun"),
         "PROGRAM": str(program),
     }
 
 
-def submit(cluster: SlurmCluster, folder: Path, launch: str, source: str, *arguments: str) -> Job:
+def submit(cluster: SlurmCluster, folder: Path, launch: str, source: str, *arguments: str, mpi: str = "own") -> Job:
     program = folder / "program.py"
     program.write_text(source)
     return cluster.run(
         [word if not word.startswith("slurm/") else str(ROOT / word) for word in arguments],
         folder=folder,
-        environment=environment(launch, program),
+        environment=environment(launch, program, mpi),
     )
 
 
@@ -94,10 +101,11 @@ def test_one_node(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
     assert f"arguments=['--epochs', '2', '--output', 'runs/slurm-{job.number}']" in job.output
 
 
-def test_mpich_is_started_by_pmi2(slurm: SlurmCluster, tmp_path: Path) -> None:
-    job = submit(slurm, tmp_path, "", RANKS, ONE_NODE)
+@pytest.mark.parametrize(("mpi", "interface"), [("own", "pmi2"), ("openmpi", "pmix")])
+def test_each_mpi_is_started_by_its_interface(slurm: SlurmCluster, tmp_path: Path, mpi: str, interface: str) -> None:
+    job = submit(slurm, tmp_path, "", RANKS, ONE_NODE, mpi=mpi)
     assert job.state == "COMPLETED", job.output
-    assert "srun --mpi=pmi2" in job.output
+    assert f"srun --mpi={interface}" in job.output
     assert "size=2 " in job.output
 
 
@@ -107,17 +115,18 @@ def test_cpus_per_task_become_threads(slurm: SlurmCluster, tmp_path: Path) -> No
     assert "size=1 nodes=n1 threads=2 arguments=['--output', 'mine']" in job.output
 
 
-@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
-def test_many_nodes(slurm: SlurmCluster, tmp_path: Path, launch: str) -> None:
-    job = submit(slurm, tmp_path, launch, RANKS, "--ntasks-per-node=1", MANY_NODES)
+@pytest.mark.parametrize(("mpi", "launch"), LAUNCHES)
+def test_many_nodes(slurm: SlurmCluster, tmp_path: Path, mpi: str, launch: str) -> None:
+    job = submit(slurm, tmp_path, launch, RANKS, "--ntasks-per-node=1", MANY_NODES, mpi=mpi)
     assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
     assert "size=2 nodes=n1,n2" in job.output
 
 
-@pytest.mark.parametrize("launch", ["mpirun", "pmi2"])
-@pytest.mark.parametrize("script", [ONE_NODE, MANY_NODES])
-def test_failure_is_the_jobs(slurm: SlurmCluster, tmp_path: Path, script: str, launch: str) -> None:
-    job = submit(slurm, tmp_path, launch, FAILURE, "--ntasks-per-node=2", script)
+@pytest.mark.parametrize(
+    ("mpi", "launch", "script"), [*((*each, MANY_NODES) for each in LAUNCHES), ("own", "mpirun", ONE_NODE)]
+)
+def test_failure_is_the_jobs(slurm: SlurmCluster, tmp_path: Path, mpi: str, launch: str, script: str) -> None:
+    job = submit(slurm, tmp_path, launch, FAILURE, "--ntasks-per-node=2", script, mpi=mpi)
     assert (job.state, job.exit_status) == ("FAILED", 3), job.output
 
 
@@ -132,23 +141,32 @@ def test_bad_requests(slurm: SlurmCluster, tmp_path: Path, launch: str, options:
     assert named in job.output
 
 
-@pytest.mark.parametrize(("launch", "warning"), [("mpirun", "USR1"), ("pmi2", "TERM")])
-def test_warned_job_is_requeued_and_resumes(slurm: SlurmCluster, tmp_path: Path, launch: str, warning: str) -> None:
+@pytest.mark.parametrize(
+    ("mpi", "cases"),
+    [("own", {"mpirun": "USR1", "pmi2": "TERM"}), ("openmpi", {"mpirun": "TERM", "pmix": "USR1"})],
+    ids=["own", "openmpi"],
+)
+def test_warned_jobs_are_requeued_and_resume(
+    slurm: SlurmCluster, tmp_path: Path, mpi: str, cases: dict[str, str]
+) -> None:
+    """Both launches at once, each on a node: a requeued job has to wait for some seconds."""
     program = tmp_path / "program.py"
     program.write_text(PREEMPTED)
-    number = slurm.submit([str(ROOT / ONE_NODE)], folder=tmp_path, environment=environment(launch, program))
-    output = tmp_path / f"job-{number}.out"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (output.exists() and output.read_text().count(" runs\n") == 2):
-        time.sleep(0.1)
-    # What reaches the script of its own job reaches the ranks as USR1: of TERM their launchers would kill them.
-    slurm.command("scancel", "--batch", f"--signal={warning}", str(number))
-    job = slurm.wait(number, tmp_path)
-    assert job.state == "COMPLETED", job.output
-    for rank in range(2):
-        assert f"rank {rank} warned" in job.output
-        assert f"rank {rank} resumed" in job.output
-    assert re.search(rf"--resume runs/slurm-{number}\b", job.output)
+    jobs = {
+        slurm.submit([str(ROOT / ONE_NODE)], folder=tmp_path, environment=environment(launch, program, mpi)): warning
+        for launch, warning in cases.items()
+    }
+    for number, warning in jobs.items():
+        slurm.watch(number, tmp_path, lambda output: output.count(" runs\n") == 2)
+        # What reaches the script of its own job reaches the ranks as USR1: of TERM their launchers would kill them.
+        slurm.command("scancel", "--batch", f"--signal={warning}", str(number))
+    for number in jobs:
+        job = slurm.wait(number, tmp_path)
+        assert job.state == "COMPLETED", job.output
+        for rank in range(2):
+            assert f"rank {rank} warned" in job.output
+            assert f"rank {rank} resumed" in job.output
+        assert re.search(rf"--resume runs/slurm-{number}\b", job.output)
 
 
 def test_help_needs_no_job() -> None:
@@ -179,5 +197,5 @@ def words_of(process: psutil.Process) -> str:
 
 def test_two_clusters_at_once(slurm: SlurmCluster) -> None:
     with SlurmCluster(nodes=1) as second:
-        assert second.command("sinfo", "-h", "-N", "-o", "%N").split() == ["n1"]
-        assert slurm.command("sinfo", "-h", "-N", "-o", "%N").split() == ["n1", "n2"]
+        assert second.command("sinfo", "-h", "-N", "-p", "test", "-o", "%N").split() == ["n1"]
+        assert slurm.command("sinfo", "-h", "-N", "-p", "test", "-o", "%N").split() == ["n1", "n2"]

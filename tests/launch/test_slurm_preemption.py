@@ -9,12 +9,15 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.launch.requirements import open_mpi
 from tests.launch.slurm_cluster import SlurmCluster
 from tests.launch.test_slurm_training import BIN, ROOT, environment
 
 SCRIPTS = {name: str(ROOT / f"slurm/{name}.sbatch") for name in ("one_node", "sweep", "study")}
 TRAINING = ["--model", "tests.launch.interrupted:model", "--global-batch-size", "32"]
 STEPS = {"limit": 700, "term": 60}
+# On one rank as on two.
+SAME_SUMS = "--momentum 0 --virtual-ranks 2"
 SLOW = {"TEST_STEP_SECONDS": "0.1"}
 SPEC = """\
 name = "small"
@@ -64,7 +67,7 @@ def jobs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
     limited = slurm.submit(arguments, folder=folder, environment={**environment("mpirun"), **SLOW})
     flags = folder / "flags.txt"
     flags.write_text(
-        f"# undisturbed\n--steps {STEPS['limit']} --log-every '10'\n\n  --steps {STEPS['term']} --momentum 0\n"
+        f"# undisturbed\n--steps {STEPS['limit']} --log-every '10'\n\n  --steps {STEPS['term']} {SAME_SUMS}\n"
     )
     arguments = ["--nodelist=n1", "--array=1-2", SCRIPTS["sweep"], str(flags), *TRAINING]
     sweep = slurm.submit(arguments, folder=folder, environment=environment("pmi2"))
@@ -74,6 +77,10 @@ def jobs(slurm: SlurmCluster, tmp_path_factory: pytest.TempPathFactory) -> Jobs:
 def summary_of(folder: Path) -> dict[str, Any]:
     summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
     return summary
+
+
+def has_step_2(metrics: Path) -> Callable[[str], bool]:
+    return lambda _: metrics.exists() and '"step": 2,' in metrics.read_text()
 
 
 def wait_until(ready: Callable[[], bool]) -> None:
@@ -174,3 +181,44 @@ def test_a_job_at_its_time_limit_goes_on_to_the_same_parameters(slurm: SlurmClus
     whole = summary_of(jobs.folder / f"runs/sweep-{jobs.sweep}/task-1")
     assert summary["steps"] == STEPS["limit"]
     assert summary["parameters_sha256"] == whole["parameters_sha256"]
+
+
+def test_preempted_jobs_make_room_and_go_on_to_the_same_parameters(slurm: SlurmCluster, jobs: Jobs) -> None:
+    """Nobody sends a signal here: the job of a partition of higher priority wants both nodes."""
+    slurm.wait(jobs.limited, jobs.folder)
+    training = [*TRAINING, *SAME_SUMS.split(), "--steps", str(STEPS["term"]), "--log-every", "1"]
+    launches = [("n1", 2, BIN, "pmi2"), ("n2", 1, BIN, "mpirun"), ("n2", 1, open_mpi(), "mpirun")]
+    numbers = [
+        slurm.submit(
+            [
+                f"--nodelist={node}",
+                f"--ntasks-per-node={ranks}",
+                SCRIPTS["one_node"],
+                *training,
+                "--checkpoint-every",
+                "2",
+            ],
+            folder=jobs.folder,
+            # Slow enough for one that has started not to end before the others start.
+            environment={**environment(launch), "MPIRUN": str(programs / "mpirun"), "TEST_STEP_SECONDS": "1"},
+        )
+        for node, ranks, programs, launch in launches
+    ]
+    for number in numbers:
+        metrics = jobs.folder / f"runs/slurm-{number}/metrics.jsonl"
+        slurm.watch(number, jobs.folder, has_step_2(metrics))
+    urgent = slurm.run(
+        ["--partition=urgent", "--nodes=2", "--ntasks-per-node=2", "--wrap=hostname"], folder=jobs.folder
+    )
+    assert urgent.state == "COMPLETED"
+    slurm.wait(f"{jobs.sweep}_2", jobs.folder)
+    whole = summary_of(jobs.folder / f"runs/sweep-{jobs.sweep}/task-2")
+    for number, (_, _, programs, _) in zip(numbers, launches, strict=True):
+        job = slurm.wait(number, jobs.folder)
+        assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
+        # Of TERM Open MPI's mpirun ends its ranks: its job goes on from an earlier checkpoint.
+        assert job.output.count(f"go on with --resume runs/slurm-{number}\n") == (programs == BIN), job.output
+        assert f"resumed from runs/slurm-{number}/checkpoints/step-" in job.output
+        summary = summary_of(jobs.folder / f"runs/slurm-{number}")
+        assert summary["steps"] == whole["steps"]
+        assert summary["parameters_sha256"] == whole["parameters_sha256"], job.output

@@ -1,11 +1,9 @@
 """Training on hosts of a host file, whose links are limited: the same model as on one host, over the links.
 
-The hosts are network namespaces. `ALLREDUCE_SGD_OTHER_PYTHON` names the Python of a second environment, with the other
-of MPICH and Open MPI, which is then tested too.
+The hosts are network namespaces.
 """
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.launch.requirements import open_mpi
 from tests.launch.virtual_hosts import require_virtual_hosts, run_from_host_file, run_on_virtual_hosts
 from tests.launching import find_mpirun, mpirun
 
@@ -80,13 +79,12 @@ def needs_virtual_hosts() -> None:
     require_virtual_hosts()
 
 
-def environments() -> dict[str, dict[str, str]]:
-    """Return what chooses each MPI that is here: the tests' own, and that of the other Python."""
-    found = {"own": {"MPIRUN": find_mpirun()}}
-    other = os.environ.get("ALLREDUCE_SGD_OTHER_PYTHON")
-    if other:
-        found["other"] = {"MPIRUN": str(Path(other).parent / "mpirun"), "PYTHON": other}
-    return found
+def environment_of(mpi: str) -> dict[str, str]:
+    """Return what chooses the MPI of the tests' own Python, or Open MPI in another environment."""
+    if mpi == "own":
+        return {"MPIRUN": find_mpirun()}
+    programs = open_mpi()
+    return {"MPIRUN": str(programs / "mpirun"), "PYTHON": str(programs / "python")}
 
 
 def train(folder: Path, hosts: int, slots: int, choice: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, int]]:
@@ -111,11 +109,9 @@ def train(folder: Path, hosts: int, slots: int, choice: Mapping[str, str]) -> tu
     return json.loads((folder / "run" / "summary.json").read_text()), sent
 
 
-@pytest.mark.parametrize("mpi", ["own", "other"])
+@pytest.mark.parametrize("mpi", ["own", "openmpi"])
 def test_two_and_four_hosts_train_the_model_of_one(tmp_path: Path, mpi: str) -> None:
-    choice = environments().get(mpi)
-    if choice is None:
-        pytest.skip("one MPI only: set ALLREDUCE_SGD_OTHER_PYTHON to the Python of an environment with the other")
+    choice = environment_of(mpi)
     alone = tmp_path / "alone"
     # Across hosts sums are made along the same tree; in memory that ranks share they would not be.
     same_sums = ["--algorithm", "recursive-doubling"]
@@ -164,11 +160,9 @@ def test_gloo_is_told_where_it_cannot_work(tmp_path: Path) -> None:
         ("eth9", "there is no interface eth9 on host1; interfaces that can serve: eth0"),
     ],
 )
-@pytest.mark.parametrize("mpi", ["own", "other"])
+@pytest.mark.parametrize("mpi", ["own", "openmpi"])
 def test_mpi_is_told_where_it_cannot_work(tmp_path: Path, mpi: str, interface: str, told: str) -> None:
-    choice = environments().get(mpi)
-    if choice is None:
-        pytest.skip("one MPI only: set ALLREDUCE_SGD_OTHER_PYTHON to the Python of an environment with the other")
+    choice = environment_of(mpi)
     python = choice.get("PYTHON", sys.executable)
     wrong = {"UCX_NET_DEVICES": interface, "OMPI_MCA_btl_tcp_if_include": interface}
     command = [python, "-m", "allreduce_sgd.train", "--output", str(tmp_path / "run")]
