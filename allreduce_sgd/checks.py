@@ -27,6 +27,7 @@ __all__ = [
     "check_same_code",
     "check_same_configuration",
     "check_same_data",
+    "check_selection",
     "check_shares",
     "check_strategy",
     "check_virtual_ranks",
@@ -238,6 +239,19 @@ def _check_batch_norm(config: Config, workers: int, batch: int, sampler: Sampler
 
 def _pieces(whole: slice, rounds: int) -> list[slice]:
     return shares(whole.stop - whole.start, rounds)
+
+
+def check_selection(config: Config, total_steps: int, steps_per_epoch: int) -> None:
+    """Raise ConfigError where the run ends no epoch whose model --swa could average."""
+    swa, last_end = config.selection.swa, total_steps - total_steps % steps_per_epoch
+    if swa is None or 0 < last_end >= swa * total_steps:
+        return
+    flag, epoch = f"--swa {swa:g}: it averages models at the ends of epochs", counted(steps_per_epoch, "step")
+    if not last_end:
+        raise ConfigError(f"{flag}, and the run has {counted(total_steps, 'step')}, less than one of {epoch}")
+    # Rounded down, so that what is offered will do.
+    most = 1000 * last_end // total_steps / 1000
+    raise ConfigError(f"{flag}, of which the last ends at step {last_end} of {total_steps}; choose at most {most:g}")
 
 
 def check_strategy(config: Config, ranks: int, model: nn.Module) -> None:

@@ -334,6 +334,8 @@ def _check_selection(config: Config) -> None:
         raise ConfigError(f"--ema {selection.ema:g}: --swa averages the model already; take one of the two")
     if config.probes.find_lr and config.run.resume is not None:
         raise ConfigError("--find-lr: it tries rates on a model at its start; leave out --resume")
+    if config.probes.find_lr and config.training.steps == 1:
+        raise ConfigError("--steps 1: --find-lr needs at least 2, one for each rate that it tries")
 
 
 _MOMENTUM = ("heavy-ball", "nesterov", "lars")

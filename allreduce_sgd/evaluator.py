@@ -100,6 +100,18 @@ class Evaluator:
             save_model(self._folder / "averaged.pt", values, asdict(self.last))
         return self.last
 
+    def conclusions(self) -> dict[str, Any]:
+        """Return what summary.json has of them, once training has ended."""
+        kept = self._best if self._best is not None and not self.reached_target else self.last
+        return {
+            "final_model": self._final.kind,
+            "best_step": None if kept is None or self._stopping is None else kept.step,
+            "stopped_early": self.stopped_early,
+            "target_accuracy": self._config.training.target_accuracy,
+            "target_loss": self._config.training.target_loss,
+            "reached_target": self.reached_target,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return what all ranks share; the best model on rank 0 only."""
         return {

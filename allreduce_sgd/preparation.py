@@ -13,6 +13,7 @@ from torch import nn
 from allreduce_sgd.checks import (
     check_fit,
     check_same_data,
+    check_selection,
     check_shares,
     check_strategy,
     global_batch_size,
@@ -76,6 +77,7 @@ def prepare(topology: Topology, config: Config, saved: dict[str, Any], workers: 
     sampler = build_sampler(config.data.sampling, len(dataset.train), batch + predicted, training.seed)
     total_steps = training.steps or (training.epochs or 20) * sampler.steps_per_epoch
     topology.agree(lambda: check_shares(config, workers, batch, sampler, total_steps))
+    topology.agree(lambda: check_selection(config, total_steps, sampler.steps_per_epoch))
     torch.manual_seed(training.seed)
     loss = topology.agree(lambda: loss_for(config.model, dataset))
     model = topology.agree(

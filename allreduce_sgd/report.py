@@ -84,10 +84,9 @@ class Report:
         at: Position,
         config: Config,
         evaluation: Evaluation,
+        conclusions: Mapping[str, Any],
         train_loss: float | None,
         global_batch_size: int,
-        reached_target: bool,
-        stopped_early: bool,
     ) -> dict[str, Any]:
         """Return what summary.json has. All ranks that train must call, with the final model; `evaluation` is its."""
         strategy, comm = self._strategy, self._strategy.comm
@@ -112,11 +111,7 @@ class Report:
             "test_accuracy": evaluation.test_accuracy,
             "validation_loss": evaluation.validation_loss,
             "validation_accuracy": evaluation.validation_accuracy,
-            "best_step": None if config.selection.patience is None else evaluation.step,
-            "stopped_early": stopped_early,
-            "target_accuracy": config.training.target_accuracy,
-            "target_loss": config.training.target_loss,
-            "reached_target": reached_target,
+            **conclusions,
             "train_seconds": train_seconds,
             "wall_seconds": self._watch.wall_seconds,
             "samples_per_second": at.samples / max(train_seconds, 1e-9),

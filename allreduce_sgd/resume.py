@@ -31,6 +31,8 @@ _SAVED: Mapping[str, tuple[type, int | None]] = MappingProxyType(
         "backend": (str, None),
         "epoch_totals": (list, None),
         "watch": (dict, None),
+        "evaluations": (dict, None),
+        "final_model": (dict, None),
         "step": (int, 0),
         "samples": (int, 0),
         "global_batch_size": (int, 1),

@@ -23,7 +23,7 @@ from allreduce_sgd.evaluator import Evaluator
 from allreduce_sgd.gradients.check_sync import SyncCheck
 from allreduce_sgd.metrics import MetricsLog, Totals
 from allreduce_sgd.models.losses import Loss
-from allreduce_sgd.optim.plateau import Plateau, set_rate
+from allreduce_sgd.optim.plateau import build_plateau, set_rate
 from allreduce_sgd.optim.states import check_state
 from allreduce_sgd.progress import Progress
 from allreduce_sgd.random_state import random_state, restore_random_state
@@ -85,10 +85,7 @@ class Trainer:
         self._progress = Progress(sampler.steps_per_epoch)
         self._final = build_final_model(config.selection, strategy, total_steps, self._recompute_statistics)
         self._evaluator = Evaluator(config, comm, self._feed, self._final, folder, self._stepper.virtual_ranks)
-        optimizer = config.optimizer
-        self._plateau: Plateau | None = None
-        if optimizer.lr_schedule == "plateau":
-            self._plateau = Plateau(schedule, optimizer.lr_decay, optimizer.plateau_patience)
+        self._plateau = build_plateau(config.optimizer, schedule)
         self._report = Report(strategy, self._watch, log)
         every = config.gradients.check_sync
         self._sync_check = None if every is None else SyncCheck(strategy.model, comm, every)
@@ -139,10 +136,9 @@ class Trainer:
             self._progress.position,
             self.config,
             final,
+            self._evaluator.conclusions(),
             self._progress.train_loss,
             self.global_batch_size,
-            self._evaluator.reached_target,
-            self._evaluator.stopped_early,
         )
 
     def state_dict(self) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -224,7 +220,7 @@ class Trainer:
             if progress.step % self.config.run.log_every == 0 or progress.between_epochs or self._checkpoint_due():
                 self._log_training(display)
             if progress.between_epochs:
-                self._end_epoch()
+                self._end_epoch(display)
             if self._evaluation_due() or self._checkpoint_due():
                 return
 
@@ -271,7 +267,7 @@ class Trainer:
             _, sums = self._feed.tally.reduce(self.comm, self.strategy.measures())
         self._report.training(progress.position, totals - logged, sums, display)
         if progress.between_epochs and stood > first:
-            self._end_epoch()
+            self._end_epoch(display)
 
     def _next_due(self) -> int:
         """Return the next step after which all ranks are needed, at the latest the last of the epoch."""
@@ -287,22 +283,25 @@ class Trainer:
         self._progress.add(totals)
         self._report.training(self._progress.position, totals, sums, display)
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self, display: Display) -> None:
         """Do what the end of an epoch brings with it, on all ranks."""
         with located(f"end of the epoch after step {self.step}"), self.comm.traffic.attributed("averages of weights"):
             self._final.after_epoch(self.step)
         if self.dataset.validation is None:
-            self._look_at(self._progress.train_loss)
+            self._look_at(self._progress.train_loss, display)
 
     def _evaluate(self, display: Display | None) -> None:
         """Evaluate, and do what follows. All ranks must call; all get the same figures."""
         evaluation = self._evaluator.evaluate(self.step)
-        self._look_at(evaluation.validation_loss)
         self._report.evaluation(self._progress.position, evaluation, self._progress.train_loss, display)
+        self._look_at(evaluation.validation_loss, display)
 
-    def _look_at(self, loss: float | None) -> None:
-        if self._plateau is not None and loss is not None:
-            self._plateau.look(loss)
+    def _look_at(self, loss: float | None, display: Display | None) -> None:
+        """Lower the learning rate where this loss says so."""
+        fell = self._plateau is not None and loss is not None and self._plateau.look(loss)
+        if fell and display is not None:
+            lr = self.strategy.optimizer.param_groups[0]["lr"]
+            display.line(f"step {self.step:6d}   the loss falls no more: learning rate lowered to {lr:.3g}")
 
     @property
     def _ended(self) -> bool:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -231,3 +232,33 @@ class _LastDeclaredFirst(nn.Module):
 
 def last_declared_first(classes: int) -> nn.Module:
     return _LastDeclaredFirst(classes)
+
+
+class _WrongSquare(torch.autograd.Function):
+    """The square, with a derivative one per mille too large."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return input.square()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (input,) = ctx.saved_tensors
+        return 2.002 * input * gradients[0]
+
+
+class _WrongGradient(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(64, classes)
+        self.bias = nn.Parameter(torch.full((classes,), 0.7))
+        self.scale = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        squares: Tensor = _WrongSquare.apply(self.bias)
+        return self.scale * self.body(inputs.flatten(1)) + squares
+
+
+def wrong_gradient_model(classes: int) -> nn.Module:
+    return _WrongGradient(classes)

@@ -23,6 +23,8 @@ RUNS = {
     "8": ["--virtual-ranks", "8", "--dropout", "0.3", "--steps", "26", "--bucket-mb", "0.01", "--check-sync", "5"],
     "norm": ["--virtual-ranks", "4", "--model", "tests.parts:slow_model", "--steps", "26", "--lr", "0.2"],
 }
+RUNS["8"] += ["--swa", "0.5"]
+RUNS["norm"] += ["--ema", "0.9"]
 
 
 def runs(folder: Path, ranks: int, *names: str) -> list[list[str]]:

@@ -15,7 +15,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-__all__ = ["Plateau", "set_rate"]
+from allreduce_sgd.optim.options import OptimizerOptions
+
+__all__ = ["Plateau", "build_plateau", "set_rate"]
 
 _DECAY = 0.1
 _PATIENCE = 5
@@ -23,17 +25,13 @@ _REMEMBERED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 class Plateau:
-    """Lowers the rates of `schedule` by the factor `decay` (None: 0.1); `patience` is in looks (None: 5)."""
+    """Lowers the rates of `schedule` by the factor `decay`, which is below 1; `patience` is in looks."""
 
-    def __init__(self, schedule: LambdaLR, decay: float | None, patience: int | None) -> None:
+    def __init__(self, schedule: LambdaLR, decay: float, patience: int) -> None:
         self._schedule = schedule
         # Its rate is the product of all factors so far: torch's class sees that, so that it does not meet the warm-up.
         self._product = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-        self._rule = ReduceLROnPlateau(
-            self._product,
-            factor=_DECAY if decay is None else decay,
-            patience=_PATIENCE if patience is None else patience,
-        )
+        self._rule = ReduceLROnPlateau(self._product, factor=decay, patience=patience)
 
     @property
     def factor(self) -> float:
@@ -58,6 +56,14 @@ class Plateau:
         self._product.param_groups[0]["lr"] = state["factor"]
         for name in _REMEMBERED:
             setattr(self._rule, name, state[name])
+
+
+def build_plateau(options: OptimizerOptions, schedule: LambdaLR) -> Plateau | None:
+    """Build what --lr-schedule plateau needs beside the schedule; None for other schedules."""
+    if options.lr_schedule != "plateau":
+        return None
+    decay, patience = options.lr_decay, options.plateau_patience
+    return Plateau(schedule, _DECAY if decay is None else decay, _PATIENCE if patience is None else patience)
 
 
 def set_rate(schedule: LambdaLR, step: int) -> None:

@@ -20,6 +20,8 @@ _STEP = _EPSILON ** (1 / 3)
 _SHORTER = (1.0, 0.1, 0.01)
 # How many roundings of a whole forward pass may add up in f.
 _ROUNDINGS = 50
+# How many times that noise the slopes to the left and to the right differ by where there is a kink.
+_KINK = 10
 
 
 def central_difference(function: Callable[[], float], element: Tensor, step: float | None = None) -> float:
@@ -33,25 +35,30 @@ def central_difference(function: Callable[[], float], element: Tensor, step: flo
 
 
 def relative_error(function: Callable[[], float], element: Tensor, derivative: float) -> tuple[float, float]:
-    """Return (how wrong `derivative` is, the numerical derivative that it is nearest to), of f by `element`.
+    """Return (how wrong `derivative` is, the numerical derivative it was compared with), of f by `element`.
 
     The error is relative to the larger of the two, or where both are so small that the rounding of f would count, to
     what that could explain; up to TOLERANCE it proves nothing.
     """
     here = function()
-    errors: list[tuple[float, float]] = []
+    error = central = 0.0
     for shorter in _SHORTER:
+        longer = central
         step = shorter * _STEP * max(1.0, abs(element.item()))
         below, above = _around(function, element, step)
-        noise = _ROUNDINGS * _EPSILON * (1 + abs(here)) / step
-        central = (above - below) / (2 * step)
-        errors.append((_relative(derivative, central, noise), central))
-        if errors[-1][0] <= TOLERANCE:
-            return errors[-1]
-    slopes = sorted(((here - below) / step, (above - here) / step))
-    nearest = min(max(derivative, slopes[0]), slopes[1])
-    errors.append((_relative(derivative, nearest, noise), nearest))
-    return min(errors)
+        central, noise = (above - below) / (2 * step), _ROUNDINGS * _EPSILON * (1 + abs(here)) / step
+        if shorter < 1 and 2 * abs(central - longer) < abs(derivative - longer):
+            # No kink explains it, and the longer step is the more exact.
+            central = longer
+            break
+        error = _relative(derivative, central, noise)
+        if error <= TOLERANCE:
+            return error, central
+    left, right = sorted(((here - below) / step, (above - here) / step))
+    if right - left > _KINK * noise:
+        nearest = min(max(derivative, left), right)
+        return min((error, central), (_relative(derivative, nearest, noise), nearest))
+    return error, central
 
 
 def _around(function: Callable[[], float], element: Tensor, step: float) -> tuple[float, float]:

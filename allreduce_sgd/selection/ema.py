@@ -44,6 +44,10 @@ class ExponentialAverage(FinalModel):
         # Also where parameters are equal, ranks normalise by batches of their own.
         self._buffers = {name: buffer.detach().clone() for name, buffer in self._model_buffers().items()}
 
+    @property
+    def kind(self) -> str:
+        return f"exponential moving average, decay {self._decay:g}"
+
     @torch.no_grad()
     def after_step(self) -> None:
         first, decay = self._average.updates == 0, decay_at(self._decay, self._average.updates)

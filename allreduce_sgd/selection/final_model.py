@@ -15,6 +15,11 @@ class FinalModel:
     def __init__(self, strategy: Strategy) -> None:
         self.strategy = strategy
 
+    @property
+    def kind(self) -> str:
+        """What the model is, for the summary."""
+        return "consensus"
+
     def after_step(self) -> None:
         """Be told that this rank has taken an optimizer step."""
 

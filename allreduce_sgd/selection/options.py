@@ -23,7 +23,7 @@ class SelectionOptions:
         "evaluate, and end with, the exponential moving average of the parameters over the steps, of this decay, such "
         "as 0.999",
         above=0,
-        maximum=0.999999,
+        maximum=1,
     )
     swa: float | None = option(
         None,

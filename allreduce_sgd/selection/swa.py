@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from allreduce_sgd.errors import counted
 from allreduce_sgd.selection.average import Average, holding
 from allreduce_sgd.selection.final_model import FinalModel
 from allreduce_sgd.strategies.base import Strategy, restored
@@ -38,6 +39,11 @@ class StochasticWeightAverage(FinalModel):
         # That of all ranks is averaged, so that all average the same.
         self._average = Average(strategy.model, strategy.comm, replicated=True)
         self._statistics: list[Tensor] | None = None
+
+    @property
+    def kind(self) -> str:
+        updates = self._average.updates
+        return f"average of {counted(updates, 'epoch')}" if updates else super().kind
 
     def after_epoch(self, step: int) -> None:
         if step >= self._first:
