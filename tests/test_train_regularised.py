@@ -26,8 +26,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     targets = np.minimum(random.integers(0, 9, 100), 3)
     inputs = random.integers(0, 256, (100, 1, 12, 12), np.uint8)
     targets[random.random(100) < 0.3] = -100
-    arrays = inputs[:72], targets[:72], inputs[72:], targets[72:]
-    np.savez(folder / "images.npz", **dict(zip(("x_train", "y_train", "x_test", "y_test"), arrays, strict=True)))
+    train, test = slice(72), slice(72, None)
+    np.savez(
+        folder / "images.npz", x_train=inputs[train], y_train=targets[train], x_test=inputs[test], y_test=targets[test]
+    )
     write_spam(folder / "spam.csv", 400)
     images = ["--dataset", f"npz:{folder / 'images.npz'}", *REGULARISED]
     spam = ["--dataset", f"csv:{folder / 'spam.csv'}", *SPAM]

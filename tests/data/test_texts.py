@@ -256,6 +256,7 @@ def test_the_sparse_model_learns_texts(tmp_path: Path, classes: int) -> None:
         assert gradient is not None
         assert gradient.is_sparse
         optimizer.step()
+    assert gradient is not None
     touched = set(gradient.coalesce().indices()[0].tolist())
     assert touched == set(inputs[inputs[:, :, 1] != 0][:, 0].long().tolist())
     test_inputs, test_targets = dataset.test.batch(torch.arange(len(dataset.test)))

@@ -177,7 +177,7 @@ def test_text(tmp_path: Path, content: bytes) -> None:
     refuses_in_one_line(load(f"text:{path}", tmp_path))
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.sampled_from((MAILS, NUMBERS)), st.data())
 @example(b"", None)
 @example(b"text,label\n", None)
