@@ -105,6 +105,9 @@ class Runner:
                 else:
                     self._halve(halving, progress)
             finally:
+                # All at once, and then one after another.
+                for _, process in self._running.values():
+                    process.terminate()
                 for _, process in self._running.values():
                     process.kill()
 
@@ -150,13 +153,14 @@ class Runner:
                 job = waiting.popleft()
                 if not self._settled(job, progress):
                     self._start(job, free.pop(0))
-            progress.running(", ".join(_name(job) for job, _ in self._running.values()))
+            progress.running(", ".join(str(job.trial.number) for job, _ in self._running.values()))
             self._wait(_LOOK_SECONDS)
             for job, process, status in self._gone():
                 if not self._ended(job, process, status, progress):
-                    # By somebody else: as schedulers do that signal all processes of a job.
-                    self._stop.signals.append(signal.SIGUSR1)
                     waiting.appendleft(job)
+                    if not self._stop.signals:
+                        # By somebody else: as schedulers do that signal all processes of a job.
+                        self._stop.signals.append(signal.SIGUSR1)
 
     def _settled(self, job: Job, progress: Progress) -> bool:
         """Say whether there is nothing to run, since the job has a result, or comes to one without running."""
@@ -246,7 +250,3 @@ class Runner:
             for job, process, status in self._gone():
                 self._ended(job, process, status, progress)
         raise Stopped(INTERRUPTED if first == signal.SIGINT else PAUSED)
-
-
-def _name(job: Job) -> str:
-    return f"{job.trial.number}"
