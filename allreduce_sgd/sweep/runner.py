@@ -120,7 +120,7 @@ class Runner:
             tried = {number: self._value(number, reach) for number in going}
             going, before = promoted(tried, halving.eta, self._spec.goal), reach
             told = ", ".join(map(str, going)) or "none"
-            progress.line(f"after {reach} {halving.unit} {len(going)} of {counted(len(tried), 'trial')} go on: {told}")
+            progress.line(f"after {halving.told(reach)} {len(going)} of {counted(len(tried), 'trial')} go on: {told}")
 
     def _units(self) -> int:
         """Return how many units of work the whole sweep has, if no trial fails."""
@@ -229,10 +229,11 @@ class Runner:
         )
         progress.ended(job.units, seconds if seconds > 0 else None)
         flags = " ".join(words(parameters))
-        unit = "" if self._spec.halving is None else f" after {job.reach} {self._spec.halving.unit}"
+        halving = self._spec.halving
+        reach = "" if halving is None or job.reach is None else f" after {halving.told(job.reach)}"
         seed = f", seed {job.seed}" if self._spec.seeds > 1 else ""
         came = f"{self._spec.metric} {value:.6g}" if value is not None else f"failed: {error}"
-        progress.line(f"trial {number}{seed}: {flags}: {came}{unit}   {seconds:.1f} s   ({progress.share})")
+        progress.line(f"trial {number}{seed}: {flags}: {came}{reach}   {seconds:.1f} s   ({progress.share})")
 
     def _end_all(self, progress: Progress) -> NoReturn:
         """Have all trials write checkpoints and end, keep what has come to its end meanwhile, and raise Stopped."""
