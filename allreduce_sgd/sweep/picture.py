@@ -58,7 +58,8 @@ def draw(spec: Spec, outcomes: Sequence[Outcome], path: Path) -> None:
     unit = METRICS[spec.metric][1]
     metric = f"{spec.metric}\n({unit})" if unit else spec.metric
     last = _numeric(metric, values or [0.0], log=False)
-    scale = Normalize(min(values, default=0.0), max(values, default=1.0))
+    low, high = _colour_range(values, spec.goal)
+    scale = Normalize(low, high)
     # The better, the darker: on white paper the light end is hard to see.
     shades = colormaps["cividis_r" if spec.goal == "max" else "cividis"]
 
@@ -88,8 +89,19 @@ def draw(spec: Spec, outcomes: Sequence[Outcome], path: Path) -> None:
         side.set_visible(False)
     if len(set(values)) > 1:
         label = metric.replace("\n", " ")
-        figure.colorbar(ScalarMappable(scale, shades), ax=plot, label=label, fraction=0.05, pad=0.02)
+        extend = "min" if low > min(values) else "max" if high < max(values) else "neither"
+        figure.colorbar(ScalarMappable(scale, shades), ax=plot, label=label, fraction=0.05, pad=0.02, extend=extend)
     figure.savefig(path, dpi=_DOTS_PER_INCH)
+
+
+def _colour_range(values: Sequence[float], goal: str) -> tuple[float, float]:
+    """Return the range that colours tell apart: without the worst quarter, which would make the others alike."""
+    if not values:
+        return 0.0, 1.0
+    ordered = sorted(values)
+    worst = len(ordered) // 4
+    low, high = (ordered[worst], ordered[-1]) if goal == "max" else (ordered[0], ordered[-1 - worst])
+    return (low, high) if low < high else (ordered[0], ordered[-1])
 
 
 def _coordinates(spec: Spec, outcome: Outcome) -> list[Value]:

@@ -87,10 +87,14 @@ class Process:
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
 
+    def terminate(self) -> None:
+        """Have the launcher end its ranks now. These may be in process groups of their own."""
+        if self._process.poll() is None:
+            self._process.terminate()
+
     def kill(self) -> None:
         """End all processes now, and return when they have ended."""
         if self._process.poll() is None:
-            # First so that a launcher ends its ranks, which may be in process groups of their own.
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILL_SECONDS)

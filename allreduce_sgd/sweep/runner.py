@@ -105,6 +105,9 @@ class Runner:
                 else:
                     self._halve(halving, progress)
             finally:
+                # All at once, and then one after another.
+                for _, process in self._running.values():
+                    process.terminate()
                 for _, process in self._running.values():
                     process.kill()
 
@@ -117,7 +120,7 @@ class Runner:
             tried = {number: self._value(number, reach) for number in going}
             going, before = promoted(tried, halving.eta, self._spec.goal), reach
             told = ", ".join(map(str, going)) or "none"
-            progress.line(f"after {reach} {halving.unit} {len(going)} of {counted(len(tried), 'trial')} go on: {told}")
+            progress.line(f"after {halving.told(reach)} {len(going)} of {counted(len(tried), 'trial')} go on: {told}")
 
     def _units(self) -> int:
         """Return how many units of work the whole sweep has, if no trial fails."""
@@ -150,13 +153,14 @@ class Runner:
                 job = waiting.popleft()
                 if not self._settled(job, progress):
                     self._start(job, free.pop(0))
-            progress.running(", ".join(_name(job) for job, _ in self._running.values()))
+            progress.running(", ".join(str(job.trial.number) for job, _ in self._running.values()))
             self._wait(_LOOK_SECONDS)
             for job, process, status in self._gone():
                 if not self._ended(job, process, status, progress):
-                    # By somebody else: as schedulers do that signal all processes of a job.
-                    self._stop.signals.append(signal.SIGUSR1)
                     waiting.appendleft(job)
+                    if not self._stop.signals:
+                        # By somebody else: as schedulers do that signal all processes of a job.
+                        self._stop.signals.append(signal.SIGUSR1)
 
     def _settled(self, job: Job, progress: Progress) -> bool:
         """Say whether there is nothing to run, since the job has a result, or comes to one without running."""
@@ -225,10 +229,11 @@ class Runner:
         )
         progress.ended(job.units, seconds if seconds > 0 else None)
         flags = " ".join(words(parameters))
-        unit = "" if self._spec.halving is None else f" after {job.reach} {self._spec.halving.unit}"
+        halving = self._spec.halving
+        reach = "" if halving is None or job.reach is None else f" after {halving.told(job.reach)}"
         seed = f", seed {job.seed}" if self._spec.seeds > 1 else ""
         came = f"{self._spec.metric} {value:.6g}" if value is not None else f"failed: {error}"
-        progress.line(f"trial {number}{seed}: {flags}: {came}{unit}   {seconds:.1f} s   ({progress.share})")
+        progress.line(f"trial {number}{seed}: {flags}: {came}{reach}   {seconds:.1f} s   ({progress.share})")
 
     def _end_all(self, progress: Progress) -> NoReturn:
         """Have all trials write checkpoints and end, keep what has come to its end meanwhile, and raise Stopped."""
@@ -246,7 +251,3 @@ class Runner:
             for job, process, status in self._gone():
                 self._ended(job, process, status, progress)
         raise Stopped(INTERRUPTED if first == signal.SIGINT else PAUSED)
-
-
-def _name(job: Job) -> str:
-    return f"{job.trial.number}"

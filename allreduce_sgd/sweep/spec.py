@@ -96,6 +96,10 @@ class Halving:
     eta: int = 3
     unit: str = "epochs"
 
+    def told(self, reach: int) -> str:
+        """Return "1 epoch", "3 epochs": for texts."""
+        return counted(reach, self.unit.removesuffix("s"))
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -120,16 +124,18 @@ def shipped() -> list[str]:
 
 
 def read_spec(named: str) -> tuple[Spec, str]:
-    """Read the spec shipped under this name, or the file of this name, and return it and the file's text.
+    """Read the spec shipped under this name, or the file of this name, and return it and its text.
 
-    Raises ConfigError.
+    The text names the sweep, also where it is called after its file. Raises ConfigError.
     """
     check_text(named, "SPEC")
     path = _SPECS / f"{named}.toml" if named in shipped() else Path(named)
     if not os.path.isfile(path):
         raise ConfigError(f"SPEC {named}: no such file; name a TOML file or one of {', '.join(shipped())}")
-    spec = parse_spec(path, load_toml(path, "SPEC"))
-    return spec, path.read_text(encoding="utf-8")
+    values = load_toml(path, "SPEC")
+    spec = parse_spec(path, values)
+    text = path.read_text(encoding="utf-8")
+    return spec, text if "name" in values else f'name = "{spec.name}"\n{text}'
 
 
 def parse_spec(path: Path, values: Mapping[str, Any]) -> Spec:

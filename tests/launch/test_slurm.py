@@ -170,7 +170,7 @@ def test_warned_jobs_are_requeued_and_resume(
 
 
 def test_help_needs_no_job() -> None:
-    for script in (ONE_NODE, MANY_NODES, "slurm/sweep.sbatch", "slurm/study.sbatch"):
+    for script in (ONE_NODE, MANY_NODES, "slurm/sweep.sbatch", "slurm/search.sbatch", "slurm/study.sbatch"):
         done = subprocess.run(["bash", script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=30)
         assert (done.returncode, done.stderr) == (0, "")
         assert f"bash {script} --help" in " ".join(done.stdout.split())

@@ -12,8 +12,9 @@ import pytest
 from tests.launch.requirements import open_mpi
 from tests.launch.slurm_cluster import SlurmCluster
 from tests.launch.test_slurm_training import BIN, ROOT, environment
+from tests.sweep import stand_in
 
-SCRIPTS = {name: str(ROOT / f"slurm/{name}.sbatch") for name in ("one_node", "sweep", "study")}
+SCRIPTS = {name: str(ROOT / f"slurm/{name}.sbatch") for name in ("one_node", "sweep", "search", "study")}
 TRAINING = ["--model", "tests.launch.interrupted:model", "--global-batch-size", "32"]
 STEPS = {"limit": 700, "term": 60}
 # On one rank as on two.
@@ -169,6 +170,26 @@ def test_a_study_that_was_stopped_goes_on_with_the_run_it_was_in(slurm: SlurmClu
     rows = json.loads((tmp_path / "record.json").read_text())["rows"]
     assert sorted(row["ranks"] for row in rows) == [1, 2]
     assert all(row["reached"] for row in rows)
+
+
+def test_a_search_that_was_stopped_goes_on_with_its_trials(slurm: SlurmCluster, tmp_path: Path) -> None:
+    (tmp_path / "spec.toml").write_text(f'method = "grid"\n[parameters]\nlr = [{stand_in.WAITS}, {stand_in.ENDS}]\n')
+    python = tmp_path / "python"
+    trial = f"{sys.executable} -I -S {stand_in.__file__}"
+    python.write_text(f'#!/bin/sh\n[ "$2" = allreduce_sgd.sweep ] || exec {trial} "$@"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    arguments = ["--nodelist=n1", SCRIPTS["search"], "spec.toml", "--ranks", "4", "--ranks-per-trial", "2"]
+    number = slurm.submit(arguments, folder=tmp_path, environment={**environment(""), "PYTHON": str(python)})
+    output = tmp_path / f"runs/search-{number}"
+    wait_until((output / "trials/000/waiting").exists)
+    slurm.command("scancel", "--batch", "--signal=USR1", str(number))
+    job = slurm.wait(number, tmp_path)
+    assert (job.state, job.exit_status) == ("COMPLETED", 0), job.output
+    assert job.output.count("1 node(s): ") == 2
+    assert f"go on with --resume runs/search-{number}" in job.output
+    assert "--resume runs/search-" in (output / "trials/000.log").read_text()
+    results = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    assert {each["trial"]: each["value"] for each in results} == {0: stand_in.WAITS, 1: stand_in.ENDS}
 
 
 def test_a_job_at_its_time_limit_goes_on_to_the_same_parameters(slurm: SlurmCluster, jobs: Jobs) -> None:

@@ -105,6 +105,8 @@ def test_trials_side_by_side_have_cores_of_their_own_and_failures_stop_nothing(t
     assert again.status == 0
     assert (out / "results.jsonl").read_text() == before
     assert [len(starts(out, trial)) for trial in range(6)] == [1] * 6
+    # Called after its file, as before.
+    assert again.output.startswith("spec: 6 trials")
     assert run(["--resume", str(out), "--retry-failed"]).status == 0
     assert [len(starts(out, trial)) for trial in range(6)] == [1, 2, 1, 2, 1, 1]
 
