@@ -13,7 +13,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,8 +57,6 @@ class Contender:
     name: str
     family: str
     options: OptimizerOptions
-    settings: Mapping[str, float] = field(default_factory=dict)
-    """What the trainer has no option for, by its name in the optimizer's `param_groups`."""
     noisy: bool = True
     """Whether it gets the noise of a landscape that has some."""
 
@@ -90,17 +88,14 @@ def _course() -> Mapping[str, Contender]:
     }
     adaptive = ("adagrad", "rmsprop", "adadelta", "adam", "amsgrad", "adamw")
     second = {
-        "lbfgs": ("lbfgs", {"max_iter": 1}),
-        "newton": ("newton", {"damping": 0.0}),
-        "newton-damped": ("newton", {}),
+        "lbfgs": OptimizerOptions("lbfgs", max_iterations=1),
+        "newton": OptimizerOptions("newton", damping=0.0),
+        "newton-damped": OptimizerOptions("newton"),
     }
     return {
         **{name: Contender(name, _FIRST, options) for name, options in first.items()},
         **{name: Contender(name, _ADAPTIVE, OptimizerOptions(name)) for name in adaptive},
-        **{
-            name: Contender(name, _SECOND, OptimizerOptions(optimizer), settings)
-            for name, (optimizer, settings) in second.items()
-        },
+        **{name: Contender(name, _SECOND, options) for name, options in second.items()},
     }
 
 
@@ -134,8 +129,6 @@ def descend(landscape: Landscape, contender: Contender, lr: float, steps: int, s
     """
     weights = nn.Parameter(torch.tensor(landscape.start, dtype=torch.float64))
     optimizer = build_optimizer(replace(contender.options, lr=lr), [weights])
-    for group in optimizer.param_groups:
-        group.update(contender.settings)
     noise = landscape.noise * torch.randn(steps, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     if not contender.noisy:
         noise.zero_()

@@ -97,3 +97,9 @@ class DataOptions:
         "itself from all of them, so the same one perhaps twice)",
         choices=SAMPLINGS,
     )
+    train_samples: int | None = option(
+        None,
+        "train on so many of the training samples only, the same in every run, more of them including fewer; with "
+        "--validation-fraction these are divided; not set: all",
+        minimum=1,
+    )

@@ -20,6 +20,7 @@ from allreduce_sgd.data.standardize import standardized, standardized_targets
 from allreduce_sgd.data.synthetic import DEFAULT_SPECIFICATION, load_synthetic
 from allreduce_sgd.data.text import load_text
 from allreduce_sgd.data.text_folder import load_text_folder
+from allreduce_sgd.data.train_samples import with_train_samples
 from allreduce_sgd.data.user import load_user
 from allreduce_sgd.errors import ConfigError
 
@@ -86,6 +87,11 @@ def _augmented(dataset: Dataset, text: str | None, names: tuple[str, ...], seed:
 
 
 def _load(options: DataOptions, seed: int) -> Dataset:
+    dataset = _load_whole(options, seed)
+    return dataset if options.train_samples is None else with_train_samples(dataset, options.train_samples)
+
+
+def _load_whole(options: DataOptions, seed: int) -> Dataset:
     name = options.dataset.lower()
     if name in _IMAGE_SETS:
         return _IMAGE_SETS[name](options)

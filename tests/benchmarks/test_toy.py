@@ -10,7 +10,6 @@ from matplotlib.image import imread
 from PIL import Image
 
 from allreduce_sgd.errors import ConfigError
-from allreduce_sgd.optim.build import optimizer_names
 from allreduce_sgd.optim.options import OptimizerOptions
 from benchmarks.toy import main, row_of, table
 from benchmarks.toy_landscapes import LANDSCAPES
@@ -26,8 +25,6 @@ from benchmarks.toy_trajectories import (
     steps_to,
     without_noise,
 )
-
-needs_newton = pytest.mark.skipif("newton" not in optimizer_names(), reason="the trainer has no newton yet")
 
 
 def named(name: str) -> Contender:
@@ -94,7 +91,6 @@ def test_on_the_axis_of_the_saddle_only_noise_leaves_it() -> None:
     assert torch.allclose(kick, -0.1 * landscape.noise * drawn)
 
 
-@needs_newton
 def test_newton_is_attracted_to_the_saddle() -> None:
     """Of x⁴ and of y⁴ Newton's step takes a third, uphill in x as well as downhill in y."""
     landscape = LANDSCAPES["saddle"]
@@ -106,7 +102,6 @@ def test_newton_is_attracted_to_the_saddle() -> None:
     assert float(away.values[-1]) < float(away.values[0])
 
 
-@needs_newton
 def test_newton_is_soon_at_the_minimum_of_the_logistic_loss() -> None:
     landscape = replace(LANDSCAPES["logistic"], start=(0.0, 0.0))
     lowest = lowest_value(landscape)
@@ -114,7 +109,6 @@ def test_newton_is_soon_at_the_minimum_of_the_logistic_loss() -> None:
     assert float(descend(landscape, named("newton"), 1.0, 6).values[-1]) == pytest.approx(lowest, abs=1e-12)
 
 
-@pytest.mark.skipif("heavy-ball" not in optimizer_names(), reason="the trainer has no heavy-ball yet")
 def test_the_heavy_ball_is_torchs_momentum_where_the_learning_rate_is_constant() -> None:
     ours, torchs = (descend(LANDSCAPES["beale"], named(name), 0.003, 20) for name in ("heavy-ball", "sgd-momentum"))
     assert torch.allclose(ours.points, torchs.points, rtol=1e-9)
