@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help train test lint bench openmpi clean
+.PHONY: help train test lint bench docs openmpi clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -35,10 +35,13 @@ bench: $(READY) ## measure step time on N ranks (N=2), and time to accuracy on d
 	$(BIN)/mpirun -np $(N) $(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.time_to_accuracy digits
 
+docs: $(READY) ## build the documentation into site/, to be read from disk
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 openmpi: $(OTHER)/.ready ## a second environment with Open MPI, for the tests that try the other MPI too
 
 clean: ## remove .venv, caches and build output; runs/ stays
-	rm -rf .venv $(OTHER) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv $(OTHER) build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --clear: what an older list of requirements left behind must not make the newer one pass.
@@ -47,7 +50,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 		{ echo "allreduce_sgd needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3" >&2; exit 1; }
 	@echo "Setting up .venv"
 	@$(PYTHON) -m venv --clear .venv
-	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[mpich,report,dev]'
+	@$(BIN)/python -m pip install --quiet --quiet --constraint constraints.txt --editable '.[mpich,report,docs,dev]'
 	@touch $@
 
 # All but MPI it takes from .venv, by a file that lists where that is: one copy of torch is enough.

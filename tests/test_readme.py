@@ -1,13 +1,13 @@
 """The code of the README runs as it stands there."""
 
-import re
 from pathlib import Path
 
 import pytest
 
 from tests.launching import ROOT, mpirun
+from tests.snippets import snippets
 
-CODES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+CODES = [each.code for each in snippets(ROOT / "README.md", "python")]
 
 
 @pytest.mark.parametrize("code", CODES, ids=["plain", "sharded"])

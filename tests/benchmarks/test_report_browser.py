@@ -1,23 +1,16 @@
 """The page of a report in headless Chromium, as wide as a desktop's window and as a phone's."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 from matplotlib.image import imread
 
-from tests.launch.requirements import require
+from tests.browser import HEIGHT, open_page, require_browser
 
-BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome", "chrome-headless-shell")
 WIDTHS = pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
-HEIGHT = 900
-TIMEOUT_SECONDS = 60
-CONSOLE = re.compile(r":CONSOLE.*")
 
 # Added to a copy of the page; the page itself has no scripts.
 MEASURE = """<script>
@@ -41,28 +34,13 @@ addEventListener("load", () => {
 
 @pytest.fixture(scope="module")
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    require("chromium", None if found else "no Chromium on the PATH (Debian: chromium-headless-shell)")
-    assert found is not None
-    return found
-
-
-def run(browser: str, folder: Path, page: Path, width: int, *flags: str) -> tuple[str, list[str]]:
-    """Open the page from disk and return what the browser wrote, and the lines of the console."""
-    command = [browser, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run", "--enable-logging=stderr"]
-    command += [f"--user-data-dir={folder / 'profile'}", f"--window-size={width},{HEIGHT}"]
-    # Chromium's sandbox refuses root, which is who runs the tests in most containers.
-    command += ["--no-sandbox"] if os.geteuid() == 0 else []
-    result = subprocess.run(
-        [*command, *flags, page.as_uri()], capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True
-    )
-    return result.stdout, CONSOLE.findall(result.stderr)
+    return require_browser()
 
 
 @WIDTHS
 def test_the_page_opens_without_a_word_on_the_console(browser: str, report: Path, width: int, tmp_path: Path) -> None:
     picture = tmp_path / "screenshot.png"
-    _, console = run(browser, tmp_path, report / "index.html", width, f"--screenshot={picture}")
+    _, console = open_page(browser, tmp_path, report / "index.html", width, f"--screenshot={picture}")
     assert not console
     pixels = imread(picture)[..., :3]
     assert pixels.shape[:2] == (HEIGHT, width)
@@ -74,7 +52,7 @@ def test_the_page_is_no_wider_than_the_window(browser: str, report: Path, width:
     copy = tmp_path / "copy.html"
     text = (report / "index.html").read_text()
     copy.write_text(text.replace("</body>", f"{MEASURE}</body>"))
-    written, console = run(browser, tmp_path, copy, width, "--dump-dom")
+    written, console = open_page(browser, tmp_path, copy, width, "--dump-dom")
     assert any("a line of the console" in line for line in console)
     title = re.search("<title>(.*?)</title>", written)
     assert title is not None
