@@ -41,9 +41,9 @@ _OPTIONS = {each.name: each for each in options()}
 _RATE = re.compile(r"[0-9]+(\.[0-9]+)?[kmg]?bit")
 # What the study itself gives to every run.
 _OWN_FLAGS = frozenset(
-    "algorithm batch-size checkpoint-every compression data-dir dataset epochs evaluate-every full-batch global- "
-    "batch-size hidden log-every lr model noise-scale output pause-after-epochs pause-after-steps resume seed steps "
-    "strategy target-accuracy target-loss tensorboard threads trace".split()
+    "algorithm batch-size checkpoint-every compression data-dir dataset epochs evaluate-every full-batch "
+    "global-batch-size hidden log-every lr model noise-scale output pause-after-epochs pause-after-steps resume seed "
+    "steps strategy target-accuracy target-loss tensorboard threads trace".split()
 )
 
 
