@@ -9,6 +9,7 @@ from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.optim.build import build_optimizer, check_takes_sparse, optimizer_names
 from allreduce_sgd.optim.nesterov import Nesterov
 from allreduce_sgd.optim.options import OptimizerOptions
+from allreduce_sgd.strategies.server.shards import Master, Vectors
 from tests.test_optimizers import PROBLEM, RATES, assert_close, built, course, flat
 
 DECAY, L1 = 0.3, 0.4
@@ -144,3 +145,30 @@ def test_options_of_torch_reach_it() -> None:
     assert built(OptimizerOptions(optimizer="adadelta", rho=0.8))[0].defaults["rho"] == 0.8
     rmsprop = built(OptimizerOptions(optimizer="rmsprop", alpha=0.8, centered=True))[0].defaults
     assert (rmsprop["alpha"], rmsprop["centered"]) == (0.8, True)
+
+
+@pytest.mark.parametrize("name", ["sgd", "heavy-ball", "nesterov"])
+def test_servers_step_with_the_penalties_on_their_shards(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 5).double()
+    options = OptimizerOptions(
+        optimizer=name, lr=0.1, l1=2.0, weight_decay=0.3, weight_decay_form="decoupled", momentum=0.5
+    )
+    vectors = Vectors(model, 2)
+    masters = [Master(vectors, shard, lambda groups: build_optimizer(options, groups)) for shard in range(2)]
+    start = flat(list(model.parameters()))
+    (cuts,) = zip(*map(vectors.pieces, range(2)), strict=True)
+    for master, cut in zip(masters, cuts, strict=True):
+        master.values[0].copy_(start[cut])
+    optimizer = build_optimizer(options, model.parameters())
+    for step in range(3):
+        gradient = torch.randn(20, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        for parameter, part in zip(model.parameters(), gradient.split([15, 5]), strict=True):
+            parameter.grad = part.view(parameter.shape)
+        optimizer.step()
+        for master, cut in zip(masters, cuts, strict=True):
+            # Where pushed gradients are received, step after step.
+            master.gradient[0].copy_(gradient[cut])
+            master.step(0.1)
+    assert torch.equal(torch.cat([master.values[0] for master in masters]), flat(list(model.parameters())))
+    assert (flat(list(model.parameters())) == 0).any() or name == "nesterov"

@@ -9,7 +9,7 @@ and one that does not lower the loss is taken back and tried again with 4 times 
 positive definite. With damping 0 it is the plain method, which makes no trials: it takes the step of least norm that
 solves H s = g, also towards a saddle or a maximum, and reaches a quadratic's minimum in one step.
 
-The Hessian is exact, by differentiating the gradient once for every parameter. It is a sum over samples like the loss,
+The Hessian is exact, by differentiating every element of the gradient. It is a sum over samples like the loss,
 so ranks add up theirs: n^2 numbers in one all-reduce beside the gradients. A matrix of n x n and its factors limit the
 number of parameters n.
 """
@@ -26,6 +26,8 @@ __all__ = ["MOST_PARAMETERS", "Newton", "hessian_of"]
 MOST_PARAMETERS = 4096
 _TRIALS = 20
 _LEAST_DAMPING = 1e-12
+# Rows of the Hessian that are computed at once: each takes the memory of a backward pass.
+_ROWS = 64
 
 
 class Newton(Optimizer):
@@ -129,10 +131,16 @@ def hessian_of(loss: Tensor, parameters: Sequence[nn.Parameter]) -> Tensor:
         # A loss that is linear in the parameters.
         return flat.new_zeros(flat.numel(), flat.numel())
     rows = []
-    for element in flat:
-        row = torch.autograd.grad(element, parameters, retain_graph=True, materialize_grads=True)
-        rows.append(torch.cat([part.reshape(-1) for part in row]))
-    return torch.stack(rows)
+    for units in torch.eye(flat.numel(), dtype=flat.dtype, device=flat.device).split(_ROWS):
+        parts = torch.autograd.grad(
+            flat, parameters, units, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+        row = [
+            units.new_zeros(len(units), one.numel()) if part is None else part.reshape(len(units), -1)
+            for one, part in zip(parameters, parts, strict=True)
+        ]
+        rows.append(torch.cat(row, dim=1))
+    return torch.cat(rows)
 
 
 def _solve(matrix: Tensor, damping: float, gradient: Tensor) -> Tensor | None:

@@ -55,10 +55,9 @@ def factor(options: OptimizerOptions, step: int, total_steps: int) -> float:
             return left
         case "polynomial":
             return left ** (_POWER if options.lr_power is None else options.lr_power)
-        case "step" if every is None:
-            return 1.0 if steps / run < 0.5 else decay if steps / run < 0.75 else decay * decay
         case "step":
-            return float(decay ** (steps // every))
+            drops = (steps / run >= 0.5) + (steps / run >= 0.75) if every is None else steps // every
+            return float(decay**drops)
         case "exponential":
             return float(decay ** (steps / (every or run)))
         case "inverse-time":
