@@ -16,6 +16,7 @@ from allreduce_sgd.selection.batch_statistics import recompute_statistics
 from allreduce_sgd.selection.ema import decay_at
 
 DECAY, STEPS = 0.6, 12
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def network() -> nn.Module:
@@ -44,7 +45,7 @@ def ema_of(rank: int) -> list[Tensor]:
     model = network()
     updates = [0]
 
-    def average(averages: tuple[Tensor, ...], values: tuple[Tensor, ...], count: Tensor | int) -> None:
+    def average(averages: Tensors, values: Tensors, count: Tensor | int) -> None:
         updates[0] = int(count)
         get_ema_multi_avg_fn(min(DECAY, (1 + int(count)) / (10 + int(count))))(averages, values, count)
 
@@ -115,7 +116,8 @@ def test_statistics_are_those_of_update_bn_on_all_samples(comm: Communicator, pa
     inputs = torch.randn(1300, 6) * 3 + 1
     split = Split(inputs, torch.zeros(1300, dtype=torch.int64))
     feed = Feed(Dataset("x", split, split, (6,), 2), build_loss(None, "mlp", 2), torch.device("cpu"), "fp32", 1)
-    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=None))
+    last = nn.BatchNorm1d(4, momentum=None)
+    model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.2), nn.Linear(6, 4), last)
     reference = copy.deepcopy(model)
     before = torch.get_rng_state()
     recompute_statistics(model, feed.training_inputs, comm, 7, parts)
@@ -128,8 +130,10 @@ def test_statistics_are_those_of_update_bn_on_all_samples(comm: Communicator, pa
     # The second layer sees dropout, whose masks the parts draw by themselves.
     torch.testing.assert_close(model[0].state_dict(), reference[0].state_dict())
     torch.testing.assert_close(model[3].running_var, reference[3].running_var, rtol=0.2, atol=0.1)
-    assert int(model[3].num_batches_tracked) == len(batches)
+    assert last.num_batches_tracked is not None
+    assert last.running_mean is not None
+    assert int(last.num_batches_tracked) == len(batches)
     gathered = torch.zeros(comm.size, 4)
-    gathered[comm.rank] = model[3].running_mean
+    gathered[comm.rank] = last.running_mean
     comm.all_gather(gathered.view(-1)).wait()
     assert torch.equal(gathered, gathered[:1].expand_as(gathered))
