@@ -12,9 +12,9 @@ from tests.test_train import summary_of, train_all
 # Everything at once: a third of the labels are ignored, the others of very different frequency.
 REGULARISED = (
     "--model cnn --augment crop,flip,cutout --label-smoothing 0.1 --class-weights balanced --ignore-index -100 "
-    "--global-batch-size 20 --steps 7 --lr 0.02 --batch-norm"
+    "--global-batch-size 20 --steps 5 --lr 0.02 --batch-norm"
 ).split()
-SPAM = "--model sparse-logistic --hash-features 4096 --lr 2 --momentum 0 --batch-size 8 --epochs 8".split()
+SPAM = "--model sparse-logistic --hash-features 4096 --lr 2 --momentum 0 --batch-size 8 --epochs 6".split()
 RANKS = (1, 2, 3)
 
 
