@@ -19,7 +19,6 @@ from allreduce_sgd.config import check_text, options
 from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.strategies.options import STRATEGIES
 from allreduce_sgd.toml_file import load_toml
-from benchmarks.runs import Flags
 from allreduce_sgd.toml_table import (
     Table,
     boolean,
@@ -32,6 +31,7 @@ from allreduce_sgd.toml_table import (
     positive,
     text,
 )
+from benchmarks.runs import Flags
 
 __all__ = ["SCALINGS", "Baselines", "Grid", "Spec", "StrategyEntry", "Tuning", "read_spec", "shipped"]
 
@@ -42,8 +42,8 @@ _RATE = re.compile(r"[0-9]+(\.[0-9]+)?[kmg]?bit")
 # What the study itself gives to every run.
 _OWN_FLAGS = frozenset(
     "algorithm batch-size checkpoint-every compression data-dir dataset epochs evaluate-every full-batch "
-    "global-batch-size hidden log-every lr model noise-scale output pause-after-epochs pause-after-steps resume seed steps strategy target-accuracy "
-    "target-loss tensorboard threads trace".split()
+    "global-batch-size hidden log-every lr model noise-scale output pause-after-epochs pause-after-steps resume seed "
+    "steps strategy target-accuracy target-loss tensorboard threads trace".split()
 )
 
 
