@@ -10,7 +10,8 @@ __all__ = ["EARLY_STOPPING"]
 
 _TO_THE_END, _STOPPED = "to the end", "stopped early"
 _PATIENCE = 5
-_FRACTION = 0.2
+_FRACTION = 0.5
+"""Of few samples; the loss of a small part of them would be too noisy to judge by."""
 _TEST_LOSS = final("test loss of the final model", "test_loss")
 _EPOCHS = final("epochs", "epochs")
 
