@@ -145,11 +145,11 @@ def test_a_recipe_from_start_to_end(
         assert done.status == 0, done.errors
 
     monkeypatch.setattr("benchmarks.course.runs.train", train)
-    tiny = ["--dataset", "synthetic:64,8,2", "--hidden", "4", "--seeds", "1", "--epochs", "2"]
+    tiny = ["--dataset", "synthetic:128,8,2", "--hidden", "4", "--seeds", "1", "--epochs", "2"]
     arguments = ["generalisation", *tiny, "-o", str(tmp_path / "out"), "--json", str(tmp_path / "recipes.json")]
     assert main(arguments) == 0
     told = capsys.readouterr().out
-    parts = ("To expect:", "2 trainings on synthetic:64,8,2, with 1 seed each", "verdict")
+    parts = ("To expect:", "2 trainings on synthetic:128,8,2, with 1 seed each", "verdict")
     assert [told.count(part) for part in parts] == [1, 1, 1]
     assert sorted(parts, key=told.index) == list(parts)
     folder = tmp_path / "out" / "generalisation"

@@ -114,6 +114,17 @@ def test_the_heavy_ball_is_torchs_momentum_where_the_learning_rate_is_constant()
     assert torch.allclose(ours.points, torchs.points, rtol=1e-9)
 
 
+def test_nesterov_goes_as_in_the_textbook_and_torchs_form_looks_ahead_from_there() -> None:
+    landscape = LANDSCAPES["beale"]
+    textbook, torchs = (descend(landscape, named(name), 0.003, 20).points for name in ("nesterov", "sgd-nesterov"))
+    before = point = torch.tensor(landscape.start, dtype=torch.float64)
+    for found, ahead in zip(textbook[1:], torchs[1:], strict=True):
+        moved = point + 0.9 * (point - before)
+        before, point = point, moved - 0.003 * landscape.gradient(moved)
+        assert torch.allclose(found, point, rtol=1e-9)
+        assert torch.allclose(ahead, point + 0.9 * (point - before), rtol=1e-9)
+
+
 def test_the_learning_rate_is_the_one_of_the_grid_that_ends_lowest() -> None:
     landscape = LANDSCAPES["beale"]
     chosen = best(landscape, named("sgd"), 10)
