@@ -80,13 +80,12 @@ class Trajectory:
 
 
 def _course() -> Mapping[str, Contender]:
-    momentum = {"momentum": _MOMENTUM}
     first = {
         "sgd": OptimizerOptions("sgd", momentum=0.0),
-        "sgd-momentum": OptimizerOptions("sgd", **momentum),
-        "sgd-nesterov": OptimizerOptions("sgd", nesterov=True, **momentum),
-        "heavy-ball": OptimizerOptions("heavy-ball", **momentum),
-        "nesterov": OptimizerOptions("nesterov", **momentum),
+        "sgd-momentum": OptimizerOptions("sgd", momentum=_MOMENTUM),
+        "sgd-nesterov": OptimizerOptions("sgd", nesterov=True, momentum=_MOMENTUM),
+        "heavy-ball": OptimizerOptions("heavy-ball", momentum=_MOMENTUM),
+        "nesterov": OptimizerOptions("nesterov", momentum=_MOMENTUM),
     }
     adaptive = ("adagrad", "rmsprop", "adadelta", "adam", "amsgrad", "adamw")
     second = {
