@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.functional import hessian
+from torch.optim import Optimizer
 
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.optim.build import build_optimizer, optimizer_names
+from allreduce_sgd.optim.nesterov import Nesterov
 from allreduce_sgd.optim.options import OptimizerOptions
 from benchmarks.toy_landscapes import Landscape
 
@@ -78,13 +80,12 @@ class Trajectory:
 
 
 def _course() -> Mapping[str, Contender]:
-    momentum = {"momentum": _MOMENTUM}
     first = {
         "sgd": OptimizerOptions("sgd", momentum=0.0),
-        "sgd-momentum": OptimizerOptions("sgd", **momentum),
-        "sgd-nesterov": OptimizerOptions("sgd", nesterov=True, **momentum),
-        "heavy-ball": OptimizerOptions("heavy-ball", **momentum),
-        "nesterov": OptimizerOptions("nesterov", **momentum),
+        "sgd-momentum": OptimizerOptions("sgd", momentum=_MOMENTUM),
+        "sgd-nesterov": OptimizerOptions("sgd", nesterov=True, momentum=_MOMENTUM),
+        "heavy-ball": OptimizerOptions("heavy-ball", momentum=_MOMENTUM),
+        "nesterov": OptimizerOptions("nesterov", momentum=_MOMENTUM),
     }
     adaptive = ("adagrad", "rmsprop", "adadelta", "adam", "amsgrad", "adamw")
     second = {
@@ -149,7 +150,7 @@ def descend(landscape: Landscape, contender: Contender, lr: float, steps: int, s
             return loss
 
         step(closure)
-        points.append(weights.detach().clone())
+        points.append(_result(optimizer, weights))
         if landscape.bottom is not None and float(landscape.value(points[-1])) <= landscape.bottom:
             break
         if _far_away(landscape, points[-1]):
@@ -177,6 +178,16 @@ def lowest_value(landscape: Landscape) -> float | None:
     if landscape.minimum is None:
         return None
     return float(landscape.value(torch.tensor(landscape.minimum(), dtype=torch.float64)))
+
+
+def _result(optimizer: Optimizer, weights: nn.Parameter) -> Tensor:
+    """Return what training would end with now; textbook Nesterov has its parameters ahead of that in training."""
+    if not isinstance(optimizer, Nesterov):
+        return weights.detach().clone()
+    optimizer.look_back_()
+    result = weights.detach().clone()
+    optimizer.look_ahead_()
+    return result
 
 
 def _rank(landscape: Landscape, trajectory: Trajectory) -> tuple[float, ...]:

@@ -61,9 +61,8 @@ class Course:
     def folders(self, job: Job) -> list[Path]:
         return [self.folder(job, seed) for seed in range(self.seeds)]
 
-    def run(self, job: Job, seed: int) -> None:
-        """Train, unless a finished run is there. Raises RunFailed, and ConfigError where the run refuses its flags."""
-        folder = self.folder(job, seed)
+    def flags(self, job: Job, seed: int) -> dict[str, str | int | float]:
+        """Return the trainer's flags, but for the run's folder."""
         flags: dict[str, str | int | float] = {
             "dataset": self.dataset,
             "model": "mlp",
@@ -78,6 +77,11 @@ class Course:
         }
         if self.data_dir is not None:
             flags["data-dir"] = str(self.data_dir)
+        return flags
+
+    def run(self, job: Job, seed: int) -> None:
+        """Train, unless a finished run is there. Raises RunFailed, and ConfigError where the run refuses its flags."""
+        folder, flags = self.folder(job, seed), self.flags(job, seed)
         if folder.exists():
             check_same(folder, flags)
             return

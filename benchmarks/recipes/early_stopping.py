@@ -10,7 +10,8 @@ __all__ = ["EARLY_STOPPING"]
 
 _TO_THE_END, _STOPPED = "to the end", "stopped early"
 _PATIENCE = 5
-_FRACTION = 0.2
+_FRACTION = 0.5
+"""Of few samples; the loss of a small part of them would be too noisy to judge by."""
 _TEST_LOSS = final("test loss of the final model", "test_loss")
 _EPOCHS = final("epochs", "epochs")
 
@@ -34,12 +35,7 @@ EARLY_STOPPING = Recipe(
         f"{_PATIENCE} evaluations without a new lowest loss, with the model of the lowest: it takes fewer epochs, and "
         "its test loss is lower than that of a run to the end. Both learn from the same samples."
     ),
-    scales={
-        "quick": Scale(60, 125),
-        "digits": Scale(200, 125),
-        "fashion-mnist": Scale(100, 1250),
-        "": Scale(100, 1250),
-    },
+    scales={"quick": Scale(60, 200), "digits": Scale(200, 200), "": Scale(100, 2000)},
     cases=_cases,
     figures=curves_of(Curve("test_loss", "Test loss", "evaluation", "test_loss", "test loss (nats)")),
     findings=claims_of(

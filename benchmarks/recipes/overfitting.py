@@ -34,12 +34,7 @@ OVERFITTING = Recipe(
         "the loss, so that large weights must pay for themselves: the training loss stays higher, and the test loss "
         "ends lower and does not rise."
     ),
-    scales={
-        "quick": Scale(60, 100),
-        "digits": Scale(200, 100),
-        "fashion-mnist": Scale(100, 1000),
-        "": Scale(100, 1000),
-    },
+    scales={"quick": Scale(60, 100), "digits": Scale(200, 100), "": Scale(100, 1000)},
     cases=_cases,
     figures=curves_of(
         Curve("test_loss", "Test loss", "evaluation", "test_loss", "test loss (nats)"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.optim.options import OptimizerOptions
@@ -114,6 +115,17 @@ def test_the_heavy_ball_is_torchs_momentum_where_the_learning_rate_is_constant()
     assert torch.allclose(ours.points, torchs.points, rtol=1e-9)
 
 
+def test_nesterov_goes_as_in_the_textbook_and_torchs_form_looks_ahead_from_there() -> None:
+    landscape = LANDSCAPES["beale"]
+    textbook, torchs = (descend(landscape, named(name), 0.003, 20).points for name in ("nesterov", "sgd-nesterov"))
+    before = point = torch.tensor(landscape.start, dtype=torch.float64)
+    for found, ahead in zip(textbook[1:], torchs[1:], strict=True):
+        moved = point + 0.9 * (point - before)
+        before, point = point, moved - 0.003 * landscape.gradient(moved)
+        assert torch.allclose(found, point, rtol=1e-9)
+        assert torch.allclose(ahead, point + 0.9 * (point - before), rtol=1e-9)
+
+
 def test_the_learning_rate_is_the_one_of_the_grid_that_ends_lowest() -> None:
     landscape = LANDSCAPES["beale"]
     chosen = best(landscape, named("sgd"), 10)
@@ -157,7 +169,7 @@ def test_pictures_show_every_family(tmp_path: Path) -> None:
     assert all(edge[..., :3].min() == 1 for edge in (picture[:2], picture[-2:], picture[:, :2], picture[:, -2:]))
     animate(landscape, {each: found[each] for each in who[:1]}, tmp_path / "saddle.gif")
     with Image.open(tmp_path / "saddle.gif") as animation:
-        assert animation.is_animated
+        assert isinstance(animation, GifImageFile)
         assert animation.n_frames >= 3
 
 
