@@ -3,6 +3,7 @@
 import ast
 import re
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from allreduce_sgd.command_line import parse
 from allreduce_sgd.config import options
 from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.strategies.options import PERIODS, STRATEGIES
+from allreduce_sgd.sweep.spec import read_spec
 from tests.launching import ROOT
-from tests.snippets import training_commands
+from tests.snippets import snippets, training_commands
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 # Of the launchers, of SLURM and of the program itself, rather than options of a run.
 OTHER_FLAGS = {
     *("config", "help", "interface", "rsh", "on-failure", "mpi", "signal"),
     *("ntasks-per-node", "cpus-per-task", "gpus-per-node"),
+    *("ranks", "ranks-per-trial"),  # of sweeps
 }
 
 
@@ -85,3 +88,20 @@ def test_every_message_quoted_stands_in_the_sources() -> None:
 def test_every_page_is_short() -> None:
     for page in PAGES:
         assert len(page.read_text(encoding="utf-8").split()) < 2000, page.name
+
+
+def test_every_program_named_exists() -> None:
+    blocks = [each.code for page in PAGES for each in snippets(page, "sh")]
+    modules = set(re.findall(r"^(?:mpirun -np \d+ )?python -m ([\w.]+)", "\n".join(blocks), re.MULTILINE))
+    assert {"allreduce_sgd.train", "benchmarks.collectives"} <= modules
+    for module in modules:
+        assert find_spec(module) is not None, module
+    for script in re.findall(r"\b((?:launch|slurm)/[\w.]+)", "\n".join(blocks)):
+        assert (ROOT / script).is_file(), script
+
+
+def test_the_spec_of_a_sweep_is_one(tmp_path: Path) -> None:
+    (snippet,) = snippets(ROOT / "docs" / "experiments.md", "toml")
+    (tmp_path / "sweep.toml").write_text(snippet.code)
+    spec, _ = read_spec(str(tmp_path / "sweep.toml"))
+    assert (spec.method, spec.trials) == ("random", 8)
