@@ -104,7 +104,7 @@ def _cook(name: str, recipe: Recipe, options: argparse.Namespace) -> list[dict[s
 
     course = _course(name, recipe.scale(options.dataset.lower(), options.quick), options)
     cases = recipe.cases(recipe.scale(options.dataset.lower(), options.quick))
-    print(f"{recipe.title}\n\nTo expect:\n{textwrap.fill(recipe.expect, _WIDTH)}\n", flush=True)
+    print(f"{recipe.title}\n\nTo expect:\n{textwrap.fill(recipe.expect, _WIDTH, break_on_hyphens=False)}\n", flush=True)
     jobs = dict.fromkeys(cases.values())
     if jobs:
         print(
