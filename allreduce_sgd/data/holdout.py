@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from allreduce_sgd.data.split import Dataset, Samples, Split, Subset
+from allreduce_sgd.data.split import Dataset, Split, selected
 from allreduce_sgd.errors import ConfigError, counted
 
 __all__ = ["held_out", "hold_out", "hold_out_validation"]
@@ -59,11 +59,7 @@ def hold_out_validation(dataset: Dataset, fraction: float) -> Dataset:
     if dataset.vocabulary is None:
         order = torch.randperm(samples, generator=torch.Generator().manual_seed(_VALIDATION_SEED))
     kept, held_out = (part.sort().values for part in (order[: samples - held], order[samples - held :]))
-    return replace(dataset, train=_part(dataset.train, kept), validation=_part(dataset.train, held_out))
-
-
-def _part(samples: Samples, indices: Tensor) -> Samples:
-    return Split(*samples.batch(indices)) if isinstance(samples, Split) else Subset(samples, indices)
+    return replace(dataset, train=selected(dataset.train, kept), validation=selected(dataset.train, held_out))
 
 
 def _select(samples: Split, mask: Tensor) -> Split:

@@ -16,7 +16,7 @@ from allreduce_sgd.data.checks import check_samples
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.user_code import refusing
 
-__all__ = ["Dataset", "MapSplit", "MapStyle", "Samples", "Split", "Subset"]
+__all__ = ["Dataset", "MapSplit", "MapStyle", "Samples", "Split", "Subset", "selected"]
 
 
 class Samples(Protocol):
@@ -118,6 +118,11 @@ class Subset:
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The inputs (k, *input_shape) and targets (k, ...) of `indices` (k,) int64 into the subset; k may be 0."""
         return self.samples.batch(self.indices[indices])
+
+
+def selected(samples: Samples, indices: Tensor) -> Samples:
+    """Those of `samples` that `indices` (n,) int64 name: copied if they are in memory, else made when asked for."""
+    return Split(*samples.batch(indices)) if isinstance(samples, Split) else Subset(samples, indices)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,31 +3,16 @@
 They are the first of a fixed permutation, so every run has the same ones, and more of them include fewer.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from allreduce_sgd.data.split import Dataset, Samples, Split
+from allreduce_sgd.data.split import Dataset, selected
 from allreduce_sgd.errors import ConfigError
 
 __all__ = ["with_train_samples"]
 
 _SEED = 20_153
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """Those of `samples` that `indices` (n,) int64 name, made when they are asked for."""
-
-    samples: Samples
-    indices: Tensor
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        return self.samples.batch(self.indices[indices])
 
 
 def with_train_samples(dataset: Dataset, count: int) -> Dataset:
@@ -40,6 +25,4 @@ def with_train_samples(dataset: Dataset, count: int) -> Dataset:
     if count > samples:
         raise ConfigError(f"--train-samples {count}: {dataset.name} has {samples}; allowed are 1 to {samples}")
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(_SEED))
-    chosen = order[:count].sort().values
-    train = dataset.train
-    return replace(dataset, train=Split(*train.batch(chosen)) if isinstance(train, Split) else _Chosen(train, chosen))
+    return replace(dataset, train=selected(dataset.train, order[:count].sort().values))
