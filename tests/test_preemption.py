@@ -101,8 +101,11 @@ def test_processes_that_user_code_forks_are_ended_by_signals_and_hold_nothing_up
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_second_signal_ends_at_once(number: signal.Signals, status: int) -> None:
     with running("stuck", grace_seconds=3600) as process:
-        # Until it is stuck; before, one SIGINT would do.
-        time.sleep(1)
+        # Until it is stuck, which takes computing; before, one SIGINT would do.
+        clock = psutil.Process(process.pid)
+        computed_seconds, deadline = clock.cpu_times().user, time.monotonic() + 60
+        while clock.cpu_times().user < computed_seconds + 0.5 and time.monotonic() < deadline:
+            time.sleep(0.05)
         process.send_signal(signal.SIGUSR1)
         process.send_signal(number)
         time.sleep(2.5)
