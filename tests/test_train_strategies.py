@@ -16,6 +16,7 @@ from tests.warm_start import mpirun
 # What each method needs to learn the digits in a few epochs of small mini-batches.
 FLAGS = {
     "diloco": ["--period", "20", "--fragments", "2", "--delay", "3"],
+    "slowmo": ["--lr", "0.02"],
     "bmuf": ["--period", "4", "--momentum", "0"],
     "adasum": ["--lr", "0.02"],
     "server-async": ["--momentum", "0"],
