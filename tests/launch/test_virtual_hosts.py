@@ -228,7 +228,7 @@ class TestOnHosts:
                 assert namespaces <= network_namespaces()
                 assert len(processes_left(name)) > 4
                 run.send_signal(number)
-                assert run.wait(timeout=20) != 0
+                assert run.wait(timeout=60) != 0
             finally:
                 run.kill()
         assert_nothing_left(name, namespaces)
