@@ -8,12 +8,12 @@ from tests.launching import mpirun
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1300)
 def test_all_of_tests_mpi(ranks: int) -> None:
     done = mpirun(
         ranks,
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/mpi"],
-        timeout_seconds=540,
+        timeout_seconds=1200,
         environment={"ALLREDUCE_SGD_UNDER_MPIRUN": "1"},
     )
     # Without the dots of all ranks, which would hide what failed.
