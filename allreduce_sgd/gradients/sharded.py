@@ -7,7 +7,9 @@ together what an all-reduce sends, 2(P-1)/P n bytes per rank with the ring, and 
 Difference from the paper: where all ranks share a node's memory the parameters may lie there once, for all of them.
 Then the all-gather is free, so that a step can be cheaper than one of a rank alone. The optimizer is any of torch's:
 for those that work element by element chunks are cut regardless of parameters, and the outcome is the unsharded one's
-bit for bit; for the others (`whole_parameters`) every parameter belongs to one rank, and gradients are all-reduced.
+bit for bit where its all-reduce adds in the order of the reduce-scatter (as `shared-memory` does; on three ranks and
+more the measured table may give small messages to MPI's own, which rounds otherwise). For the others
+(`whole_parameters`) every parameter belongs to one rank, and gradients are all-reduced.
 """
 
 import inspect

@@ -40,11 +40,11 @@ def topology() -> Topology:
     return discover(need_mpi=True, timeout_seconds=TIMEOUT_SECONDS)
 
 
-def connected(topology: Topology, backend: str) -> Communicator:
+def connected(topology: Topology, backend: str, algorithm: str = "auto") -> Communicator:
     if backend == "nccl" and torch.cuda.device_count() < topology.size:
         pytest.skip("needs a GPU per rank")
     device = topology.choose_device("cuda" if backend == "nccl" else "cpu")
-    return connect(topology, device, CommunicationOptions(backend=backend, timeout_seconds=TIMEOUT_SECONDS))
+    return connect(topology, device, CommunicationOptions(backend, algorithm, timeout_seconds=TIMEOUT_SECONDS))
 
 
 @pytest.fixture(scope="session", params=["mpi", "gloo", pytest.param("nccl", marks=pytest.mark.cuda), "single"])

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from allreduce_sgd import DistributedDataParallel
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.errors import NonFiniteError
 from allreduce_sgd.gradients.sharded import Groups, ShardedOptimizer
+from allreduce_sgd.topology import Topology
+from tests.mpi.conftest import connected
 from tests.mpi.replicas import Replicas, assert_same_parameters
 from tests.mpi.sharding import (
     ELEMENTWISE,
@@ -26,6 +28,14 @@ from tests.mpi.sharding import (
     train,
     wrapped,
 )
+
+
+@pytest.fixture(scope="module")
+def comm(topology: Topology) -> Iterator[Communicator]:
+    """One that adds in the order of a reduce-scatter, whatever messages were measured to cost on this machine."""
+    made = connected(topology, "mpi", "shared-memory")
+    yield made
+    made.close()
 
 
 @pytest.mark.parametrize(("groups_of", "bucket_mb"), [(one_group, 25.0), (several_groups, 2e-4)])

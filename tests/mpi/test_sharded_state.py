@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from allreduce_sgd import DistributedDataParallel
 from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.gradients.sharded import Groups, ShardedOptimizer
+from allreduce_sgd.topology import Topology
+from tests.mpi.conftest import connected
 from tests.mpi.replicas import assert_same_parameters
 from tests.mpi.sharding import ELEMENTWISE, WHOLE, Model, assert_same_bits, several_groups, train, wrapped
 
@@ -30,6 +32,14 @@ def assert_same_state(given: Any, wanted: Any, where: str = "state") -> None:
         assert torch.equal(given, wanted), where
     else:
         assert given == wanted, where
+
+
+@pytest.fixture(scope="module")
+def comm(topology: Topology) -> Iterator[Communicator]:
+    """One that adds in the order of a reduce-scatter, whatever messages were measured to cost on this machine."""
+    made = connected(topology, "mpi", "shared-memory")
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
