@@ -1,14 +1,18 @@
-"""A deadline for calls that cannot be given one: MPI's start, and the making of its communicators, wait for all ranks.
+"""A deadline for calls that cannot be given one: MPI's start and end, and the making of its communicators, wait for all
+ranks.
 
-Nothing brings a thread back from within MPI, and its start keeps Python's other threads from running. So a process of
-its own watches: it waits for the end of a pipe, which comes when the call has ended, or when this process has.
+Nothing brings a thread back from within MPI, whose start and end keep Python's other threads from running. So a process
+of its own watches: it waits for the end of a pipe, which comes when the call has ended, or when this process has.
 """
 
+import atexit
+import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["deadline"]
+__all__ = ["deadline", "deadline_of_exit"]
 
 # 143 is what other programs of the name end with than GNU's.
 _WATCH = 'timeout "$1" cat >/dev/null; case $? in 124 | 143) echo "$2" >&2; kill -KILL $PPID ;; esac'
@@ -24,9 +28,8 @@ def deadline(seconds: float, rank: int, who: str, what: str) -> Iterator[None]:
     started to watch, there is no deadline.
     """
     told = f"{who}: {what} not finished after {seconds:g} s; another rank is stuck, gone or late"
-    command = ["sh", "-c", _WATCH, "sh", f"{seconds + (_PEER_DELAY_SECONDS if rank > 0 else 0):g}", told]
     try:
-        watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        watcher = subprocess.Popen(_watching(seconds, rank, told), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     except OSError:
         yield
         return
@@ -36,3 +39,25 @@ def deadline(seconds: float, rank: int, who: str, what: str) -> Iterator[None]:
         finally:
             assert watcher.stdin is not None
             watcher.stdin.close()
+
+
+def deadline_of_exit(seconds: float, rank: int, who: str) -> None:
+    """Kill this process where its exit, from Python's exit handlers on, takes longer than that. To be called once.
+
+    MPI is ended after all handlers, and waits for the other ranks there.
+    """
+    told = f"{who}: the end of MPI not finished after {seconds:g} s; this rank or another is stuck, gone or late"
+    atexit.register(_watch_exit, _watching(seconds, rank, told))
+
+
+def _watch_exit(command: list[str]) -> None:
+    # No file object, which Python closes before MPI is ended: the descriptor lasts as long as the process.
+    reading, _writing = os.pipe()
+    with contextlib.suppress(OSError):
+        silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
+        os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), silent])
+    os.close(reading)
+
+
+def _watching(seconds: float, rank: int, told: str) -> list[str]:
+    return ["sh", "-c", _WATCH, "sh", f"{seconds + (_PEER_DELAY_SECONDS if rank > 0 else 0):g}", told]

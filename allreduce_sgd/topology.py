@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from allreduce_sgd.deadline import deadline
+from allreduce_sgd.deadline import deadline, deadline_of_exit
 from allreduce_sgd.errors import CommunicationTimeout, ConfigError
 from allreduce_sgd.interfaces import leave_out_wrong_choice
 
@@ -190,9 +190,10 @@ def discover(
 ) -> Topology:
     """Find this process's place. All ranks must call, once, before any communicator is made.
 
-    Initialises MPI where a launcher is at work or `need_mpi` asks for it; where not all ranks come to that in time,
-    this process ends. Raises ConfigError where MPI is needed and cannot be loaded, where the launcher started
-    several ranks and MPI sees one, or where the environment chooses a network interface for MPI that cannot serve.
+    Initialises MPI where a launcher is at work or `need_mpi` asks for it; where not all ranks come to that in time, or
+    to the end of MPI when they exit, this process ends. Raises ConfigError where MPI is needed and cannot be loaded,
+    where the launcher started several ranks and MPI sees one, or where the environment chooses a network interface for
+    MPI that cannot serve.
     """
     announced = announced_size(environment)
     if announced is None and not need_mpi:
@@ -254,6 +255,8 @@ def _meet(announced: tuple[str, int] | None, need_mpi: bool, timeout_seconds: fl
     )
     node_comm.Free()
     topology.agree(lambda: _refuse(wrong_interface))
+    if topology.size > 1:
+        deadline_of_exit(timeout_seconds, topology.rank, topology.describe())
     return topology
 
 

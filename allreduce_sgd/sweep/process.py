@@ -93,14 +93,15 @@ class Process:
             self._process.terminate()
 
     def kill(self) -> None:
-        """End all processes now, and return when they have ended."""
+        """End all processes now, and return when they have ended, or after a deadline: a disk can hold one up."""
         if self._process.poll() is None:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(_KILL_SECONDS)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_KILL_SECONDS)
 
     def close(self) -> None:
         os.close(self.descriptor)
