@@ -4,6 +4,7 @@ A claim says that a number of one training is smaller than a number of another, 
 runs' own files, seed by seed. It is "as expected" where it holds for every seed, and "not seen here" else.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,21 @@ class Scale:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim, and what was found: for each seed the number that is to be smaller, and the one to be larger."""
+    """A claim, and what was found: for each seed the number that is to be smaller, and the one to be larger.
+
+    With `finite` an infinite number shows nothing, else it is larger than any other.
+    """
 
     claim: str
     smaller: str
     larger: str
     pairs: tuple[tuple[float, float], ...]
+    finite: bool = False
 
     @property
     def held(self) -> int:
         """For how many seeds the claim holds. A number that is none holds for no claim."""
-        return sum(smaller < larger for smaller, larger in self.pairs)
+        return sum(smaller < larger and (math.isfinite(larger) or not self.finite) for smaller, larger in self.pairs)
 
     @property
     def verdict(self) -> str:
@@ -84,9 +89,12 @@ class Side:
 
 @dataclass(frozen=True)
 class Claim:
+    """`finite`: of runs that do not diverge; in other claims, diverging is what the larger side may do."""
+
     text: str
     smaller: Side
     larger: Side
+    finite: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ def claims_of(*claims: Claim) -> Callable[[Cases, Course, Figures], list[Finding
                     )
                     for seed in range(course.seeds)
                 ),
+                claim.finite,
             )
             for claim in claims
         ]

@@ -123,6 +123,12 @@ def test_equal_numbers_and_none_bear_no_claim_out() -> None:
     assert Finding("a < a", "a", "a", ((inf, inf),)).verdict == "not seen here"
 
 
+def test_a_run_that_diverged_bears_out_that_a_rate_is_too_large_but_not_that_a_network_overfits() -> None:
+    pairs = ((1.0, inf), (1.0, 2.0))
+    assert Finding("a < b", "a", "b", pairs).verdict == "as expected"
+    assert Finding("a < b", "a", "b", pairs, finite=True).held == 1
+
+
 def test_the_noise_ball_is_judged_by_the_formula() -> None:
     batches = [1, 2, 4]
 
