@@ -17,12 +17,10 @@ from tests.test_train import TRAIN, summary_of, train_all
 
 # In "stuck" the main thread is in a computation that no signal interrupts.
 PROGRAM = """
-import hashlib, signal, sys, time
+import hashlib, sys, time
 from allreduce_sgd.preemption import Preemption
 from allreduce_sgd.topology import Topology
 
-# A shell has what it starts in the background ignore it, and so do its children.
-signal.signal(signal.SIGINT, signal.default_int_handler)
 with Preemption(Topology(host="here"), float(sys.argv[2])) as preemption:
     print("ready", flush=True)
     if sys.argv[1] == "stuck":
