@@ -153,7 +153,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser = Parser("recipes", "Run an experiment of the course, and see whether it shows what is expected.")
     add = parser.add_argument
     add("names", nargs="*", metavar="NAME", help=f"of {', '.join(RECIPES)}; none: list them")
-    add("--quick", action="store_true", help="one seed, fewer epochs: for a first look, within a minute")
+    add("--quick", action="store_true", help="one seed, fewer epochs: for a first look, in a minute or two")
     add(
         "--dataset", metavar="NAME", help="data set, as for training; not set: fashion-mnist with --data-dir, or digits"
     )
