@@ -44,19 +44,19 @@ def deadline(seconds: float, rank: int, who: str, what: str) -> Iterator[None]:
 def deadline_of_exit(seconds: float, rank: int, who: str) -> None:
     """Kill this process where its exit, from Python's exit handlers on, takes longer than that. To be called once.
 
-    MPI is ended after all handlers, and waits for the other ranks there.
+    MPI is ended after all handlers, and waits for the other ranks there. Where no process can be started to watch,
+    there is no deadline.
     """
     told = f"{who}: the end of MPI not finished after {seconds:g} s; this rank or another is stuck, gone or late"
     atexit.register(_watch_exit, _watching(seconds, rank, told))
 
 
 def _watch_exit(command: list[str]) -> None:
-    # No file object, which Python closes before MPI is ended: the descriptor lasts as long as the process.
-    reading, _writing = os.pipe()
+    # No file object, which Python closes before MPI is ended: descriptors last as long as the process.
     with contextlib.suppress(OSError):
+        reading, _writing = os.pipe()
         silent = (os.POSIX_SPAWN_OPEN, 1, os.devnull, os.O_WRONLY, 0)
         os.posix_spawnp(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, reading, 0), silent])
-    os.close(reading)
 
 
 def _watching(seconds: float, rank: int, told: str) -> list[str]:
