@@ -55,7 +55,8 @@ A spec is a TOML file. Its keys, with [...] for what may be left out:
   target_accuracy, epochs                        the test accuracy to reach, and where a run ends that misses it
   evaluate_every_samples                         samples between two evaluations: a multiple of every mini-batch
   [seeds = 5, timeout_seconds = 900]             runs of each cell, and the deadline of each run
-  [noise_scale = false]                          measure the gradient noise scale in synchronous cells
+  [noise_scale = false]                          measure the gradient noise scale in synchronous cells, 16 times
+                                                 between two evaluations (or in every step)
 
   [trainer]      further flags of training for all cells (default: momentum = 0.9, device = "cpu")
   [tuning]       lr = [...], ascending: every cell tries each in as many runs, and takes the one that needs

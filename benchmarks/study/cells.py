@@ -21,6 +21,8 @@ OURS = "allreduce_sgd"
 TORCH = "torch_ddp_gloo"
 
 _MOMENTUM = 0.9
+# Measurements of the gradient noise scale between two evaluations, at most one per step.
+_NOISE_SCALES = 16
 # The others say how ours exchanges gradients.
 _OF_ALL_CONTENDERS = frozenset(
     each.name for each in options() if each.group in ("data", "model", "training", "optimizer")
@@ -101,7 +103,8 @@ def flags_of(spec: Spec, cell: Cell, lr: float, seed: int) -> dict[str, str | in
     if cell.contender == OURS:
         flags |= {"algorithm": cell.algorithm, "compression": cell.compression}
         if spec.noise_scale and cell.strategy == "sync" and cell.compression == "none":
-            flags["noise-scale"] = 1
+            # It costs an all-reduce of its own, which in every step of a small mini-batch would be most of the time.
+            flags["noise-scale"] = max(1, every // _NOISE_SCALES)
     return flags
 
 

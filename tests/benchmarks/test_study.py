@@ -1,6 +1,7 @@
 """Specs of studies: what they say, which cells and rates come of them, and what is refused in which words."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,8 @@ def test_every_combination_is_a_cell_and_has_its_flags(tmp_path: Path) -> None:
     assert (flags["evaluate-every"], flags["seed"], flags["threads"]) == (6, 3, 1)
     assert "noise-scale" not in flags
     assert flags_of(spec, cells["sync, 2 ranks, batch 64"], 0.1, 0)["noise-scale"] == 1
+    often = replace(spec, evaluate_every_samples=64 * 33)
+    assert flags_of(often, cells["sync, 2 ranks, batch 64"], 0.1, 0)["noise-scale"] == 2
     assert "noise-scale" not in flags_of(spec, cells["serial, batch 64"], 0.1, 0)
     peer = flags_of(spec, cells["torch DDP, 2 ranks, batch 64, 1gbit"], 0.1, 0)
     assert peer["momentum"] == 0.9
