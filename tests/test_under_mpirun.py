@@ -14,14 +14,14 @@ NOT_ON_3 += "sync_batch_norm theory trace"
 
 
 @pytest.mark.parametrize("ranks", [4, 3, 2, 1])
-@pytest.mark.timeout(1300)
+@pytest.mark.timeout(1700)
 def test_all_of_tests_mpi(ranks: int) -> None:
     patterns = NOT_ON_3.split() if ranks == 3 else []
     left_out = [f"--ignore-glob={ROOT}/tests/mpi/test_{pattern}.py" for pattern in patterns]
     done = mpirun(
         ranks,
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *left_out, "tests/mpi"],
-        timeout_seconds=1200,
+        timeout_seconds=1600,
         environment={"ALLREDUCE_SGD_UNDER_MPIRUN": "1"},
     )
     # Without the dots of all ranks, which would hide what failed.
