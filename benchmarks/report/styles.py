@@ -36,8 +36,9 @@ _LABEL_INCHES = 0.23
 _LABEL_ABOVE_INCHES = 0.04
 _ROW_CHARACTERS = 58
 _MOST_DECADES = 3
-_NARROW_SPAN = 5
 """So many decades and fewer are ticked at 1, 2 and 5."""
+_NARROW_SPAN = 5
+"""Up to this ratio of the largest to the smallest value those would be one or two ticks, and there are more."""
 
 
 def new_figure(height_inches: float) -> Figure:
@@ -81,8 +82,11 @@ def log_axis(axes: Axes, which: str, values: Sequence[float]) -> None:
     """Make the axis logarithmic, with plain numbers at its ticks, enough of them for the values' range."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    span = max(values) / min(values)
-    ticks = (1, 1.5, 2, 3, 4, 6, 8) if span <= _NARROW_SPAN else (1, 2, 5) if span <= 10**_MOST_DECADES else (1,)
+    ticks: tuple[float, ...] = (1,)
+    if max(values) <= _NARROW_SPAN * min(values):
+        ticks = (1, 1.5, 2, 3, 4, 6, 8)
+    elif max(values) <= 10**_MOST_DECADES * min(values):
+        ticks = (1, 2, 5)
     axis.set_major_locator(LogLocator(subs=ticks))
     axis.set_major_formatter(FuncFormatter(_tick))
     axis.set_minor_formatter(NullFormatter())
