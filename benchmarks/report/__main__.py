@@ -1,7 +1,8 @@
 """Make a report of studies and of records of benchmarks: `python -m benchmarks.report RESULTS... -o DIR`.
 
-DIR holds index.html, one page that needs nothing else and opens from disk; report.md; and its figures and tables, as
-figures/*.png and tables/*.md. An earlier report in that place is replaced, anything else is refused.
+Studies come first, then records, each in the order given. DIR holds index.html, one page that needs nothing else and
+opens from disk; report.md; and its figures and tables, as figures/*.png and tables/*.md. An earlier report in that
+place is replaced, anything else is refused.
 
 Exit status: 0 done; 2 bad arguments or files, or a package is missing, in one line.
 """
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser
 from benchmarks.report.folder import check_folder, new_folder
-from benchmarks.report.sources import read_sources
+from benchmarks.report.sources import Record, read_sources
 
 __all__ = ["main"]
 
@@ -28,7 +29,8 @@ def main(arguments: Sequence[str]) -> int:
     """Run the program. Returns its exit status."""
     try:
         options = _parse(arguments)
-        sources = read_sources(options.results)
+        # What was asked comes first: how soon an accuracy is reached.
+        sources = sorted(read_sources(options.results), key=lambda source: isinstance(source.content, Record))
         check_folder(options.output)
         _check_packages()
         # Not before it is known that they are there.

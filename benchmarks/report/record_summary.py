@@ -136,6 +136,74 @@ def _layer_costs(record: Record) -> str:
     return str(importlib.import_module("benchmarks.layer_costs").summary(record.rows)).replace("\n", " ")
 
 
+def _chaos(record: Record) -> str:
+    """Say whether every harmed run ended and was resumed to the same parameters."""
+    rounds, finished = (sum(row[name] for row in record.rows) for name in ("rounds", "finished"))
+    ends = [row["slowest_end_seconds"] for row in record.rows if row["slowest_end_seconds"] is not None]
+    problems = sum(len(row["problems"]) for row in record.rows)
+    slowest = f"; the slowest ended {format_number(max(ends))} s after the harm" if ends else ""
+    return (
+        f"A training was started, harmed and resumed in {count(rounds, 'round')}{slowest}. "
+        f"{count(finished, 'run').capitalize()} came to the end with the parameters of the undisturbed one, bit for "
+        f"bit. Problems: {problems or 'none'}."
+    )
+
+
+def _local_steps(record: Record) -> str:
+    """Say what a step costs for each period, over one that never exchanges."""
+    sentences = []
+    for workload in dict.fromkeys(row["workload"] for row in record.rows):
+        told = [
+            f"{format_number(row['ratio'])} times as long with an average {_every(row['period'])}"
+            + (f", {count(row['delay'], 'step')} late" if row["delay"] else "")
+            for row in record.rows
+            if row["workload"] == workload and row["period"] is not None
+        ]
+        if told:
+            sentences.append(f"{listing(told)} ({workload})")
+    return f"Beside one that never exchanges, a step takes {'; '.join(sentences)}." if sentences else ""
+
+
+def _every(period: int) -> str:
+    return "after every step" if period == 1 else f"every {period} steps"
+
+
+def _recipes(record: Record) -> str:
+    """Say how many of the course's expectations were seen, and name those that were not."""
+    missed = [row for row in record.rows if row["held"] < len(row["smaller_values"])]
+    seen = f"{len(record.rows) - len(missed)} of {count(len(record.rows), 'expectation')} were seen."
+    return " ".join([seen, *(f"Not seen: “{row['claim']}” ({row['recipe']})." for row in missed)])
+
+
+def _startup(record: Record) -> str:
+    """Say how long ranks take until the end of their first step, and what takes longest of it."""
+    seconds = {row["phase"]: row["median_seconds"] for row in record.rows}
+    first = record.rows[0]
+    parts = [phase for phase in seconds if phase not in ("total", "help", "interpreter")]
+    longest = max(parts, key=lambda phase: seconds[phase])
+    return (
+        f"{count(first['ranks'], 'rank').capitalize()} end their first step on {first['dataset']} "
+        f"{format_number(seconds['total'])} s after the launch (median of {count(first['rounds'], 'round')}); the "
+        f"longest part is {longest}, {format_number(seconds[longest])} s. --help takes "
+        f"{format_number(seconds['help'])} s."
+    )
+
+
+def _virtual_ranks(record: Record) -> str:
+    """Say what bits that do not depend on the number of ranks cost, over synchronous SGD."""
+    sentences = []
+    for workload in dict.fromkeys(row["workload"] for row in record.rows):
+        here = [row for row in record.rows if row["workload"] == workload and row["virtual_ranks"] is not None]
+        told = [f"{format_number(row['ratio'])} times as long with {row['virtual_ranks']} of them" for row in here]
+        if told:
+            sentences.append(f"{listing(told)} ({workload})")
+    wrong = sum(row["wrong"] for row in record.rows)
+    bits = f"{count(wrong, 'case')} ended in wrong bits" if wrong else "all ended in the bits they should"
+    if not sentences:
+        return ""
+    return f"With virtual ranks, a step takes, beside synchronous SGD, {'; '.join(sentences)}; {bits}."
+
+
 def _accuracy(row: Mapping[str, Any]) -> float:
     return statistics.median(row["test_accuracies"])
 
@@ -150,5 +218,10 @@ _SUMMARIES: Mapping[str, Callable[[Record], str]] = MappingProxyType(
         "scaling": _scaling,
         "course": _course,
         "layer_costs": _layer_costs,
+        "chaos": _chaos,
+        "local_steps": _local_steps,
+        "recipes": _recipes,
+        "startup": _startup,
+        "virtual_ranks": _virtual_ranks,
     }
 )

@@ -102,3 +102,52 @@ def test_sentences_of_records() -> None:
         "not measured."
     )
     assert summarise_record(Record({"benchmark": "other"}, ({"a": 1},))) == "1 row; see the section."
+
+
+def summary_of_record(benchmark: str, rows: list[dict[str, Any]]) -> str:
+    return summarise_record(Record({"benchmark": benchmark}, tuple(rows)))
+
+
+def test_sentences_of_what_a_run_withstands_and_takes() -> None:
+    harms: list[dict[str, Any]] = [
+        {"rounds": 3, "finished": 1, "slowest_end_seconds": 2.0, "problems": []},
+        {"rounds": 2, "finished": 2, "slowest_end_seconds": None, "problems": ["late"]},
+    ]
+    assert summary_of_record("chaos", harms) == (
+        "A training was started, harmed and resumed in 5 rounds; the slowest ended 2.00 s after the harm. 3 runs came "
+        "to the end with the parameters of the undisturbed one, bit for bit. Problems: 1."
+    )
+    assert summary_of_record("chaos", harms[1:]).startswith("A training was started, harmed and resumed in 2 rounds. 2")
+    assert summary_of_record("chaos", harms[:1]).endswith("Problems: none.")
+    phases = {"launch": 0.02, "imports": 2.5, "total": 3.0, "help": 0.125, "interpreter": 9.0}
+    shared = {"ranks": 2, "rounds": 7, "dataset": "digits"}
+    assert summary_of_record("startup", [{**shared, "phase": p, "median_seconds": s} for p, s in phases.items()]) == (
+        "2 ranks end their first step on digits 3.00 s after the launch (median of 7 rounds); the longest part is "
+        "imports, 2.50 s. --help takes 0.125 s."
+    )
+
+
+def test_sentences_of_what_steps_cost_and_what_was_expected() -> None:
+    steps: list[dict[str, Any]] = [
+        {"workload": "mlp", "period": period, "delay": delay, "ratio": ratio}
+        for period, delay, ratio in ((None, 0, 1.0), (1, 0, 1.25), (8, 1, 1.1))
+    ]
+    assert summary_of_record("local_steps", steps) == (
+        "Beside one that never exchanges, a step takes 1.25 times as long with an average after every step and 1.10 "
+        "times as long with an average every 8 steps, 1 step late (mlp)."
+    )
+    assert summary_of_record("local_steps", steps[:1]) == "1 row; see the section."
+    virtual: list[dict[str, Any]] = [
+        {"workload": "mlp", "virtual_ranks": ranks, "ratio": ratio, "wrong": ratio > 2}
+        for ranks, ratio in ((None, 1.0), (2, 1.5), (4, 1.75))
+    ]
+    assert summary_of_record("virtual_ranks", virtual) == (
+        "With virtual ranks, a step takes, beside synchronous SGD, 1.50 times as long with 2 of them and 1.75 times as "
+        "long with 4 of them (mlp); all ended in the bits they should."
+    )
+    assert summary_of_record("virtual_ranks", [{**virtual[1], "wrong": True}]).endswith("; 1 case ended in wrong bits.")
+    claims: list[dict[str, Any]] = [
+        {"recipe": "r", "claim": claim, "held": held, "smaller_values": [1.0, 2.0]}
+        for claim, held in (("A", 2), ("B", 1))
+    ]
+    assert summary_of_record("recipes", claims) == "1 of 2 expectations were seen. Not seen: “B” (r)."
