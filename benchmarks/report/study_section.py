@@ -32,6 +32,7 @@ def study_section(source: Source, study: Study, figures: Path) -> Section:
     runs_table = run_table(name, study, {each.cell: each.name for each in cells})
     tables: list[Table] = []
     pictures: list[Picture] = []
+    fit, noise = (fit_of(study), noise_scales(study)) if cells else (None, [])
 
     def add(what: str, figure: Figure, caption: str, alternative: str) -> None:
         save(figure, figures, f"{name}-{what}")
@@ -50,9 +51,7 @@ def study_section(source: Source, study: Study, figures: Path) -> Section:
             "was not hidden behind it. Runs end when they reach the target.",
             "Stacked bars of computing and exposed communication, one for each method.",
         )
-        fit = fit_of(study)
         if fit is not None:
-            noise = noise_scales(study)
             tables.append(fit_table(name, fit, noise))
             add(
                 "batch-sizes",
@@ -67,7 +66,8 @@ def study_section(source: Source, study: Study, figures: Path) -> Section:
     title = f"Study {study.name}: {percent(study.target_accuracy)}"
     title += f" on {spec['dataset']}" if "dataset" in spec else ""
     facts = (*facts_of(source), *_study_facts(study, cells))
-    return Section(name, title, facts, tuple(summarise_study(study, cells)), tuple(pictures), tuple(tables), main=True)
+    summary = tuple(summarise_study(study, cells, fit, noise))
+    return Section(name, title, facts, summary, tuple(pictures), tuple(tables), main=True)
 
 
 def _draw_speed_ups(add, cells: Sequence[Measured]) -> None:  # type: ignore[no-untyped-def]

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import isinf
 
+from benchmarks.hyperbola import Fit
 from benchmarks.report.measures import Measured, at_edge_of_grid, fastest_serial, tuning_of
 from benchmarks.report.words import count, listing, percent
 from benchmarks.study.cells import OURS, SERIAL, TORCH
@@ -15,11 +16,17 @@ _FEWEST_SEEDS = 5
 _MOST_NAMED = 5
 
 
-def summarise_study(study: Study, cells: Sequence[Measured]) -> list[str]:
-    """Return paragraphs: the question, what was soonest, the peer, misses, and what the result is not."""
+def summarise_study(
+    study: Study, cells: Sequence[Measured], fit: Fit | None = None, noise: Sequence[float] = ()
+) -> list[str]:
+    """Return paragraphs: the question, what was soonest, the peer, what batches do, misses, and what the result is not.
+
+    `fit` is the study's hyperbola, `noise` the gradient noise scales of its runs, in samples.
+    """
     if not cells:
         return [f"{_question(study)} No measured run is there yet."]
-    return [f"{_question(study)} {_soonest(cells)}", _peer(cells), _misses(cells), _limits(study, cells)]
+    batches = [] if fit is None else [_batches(fit, noise)]
+    return [f"{_question(study)} {_soonest(cells)}", _peer(cells), *batches, _misses(cells), _limits(study, cells)]
 
 
 def _question(study: Study) -> str:
@@ -82,6 +89,25 @@ def _peer(cells: Sequence[Measured]) -> str:
     if serial is None or isinf(serial.seconds):
         return f"{sentence}."
     return f"{sentence}, {_times(best, serial)}.{_overlap(best, serial)}"
+
+
+def _batches(fit: Fit, noise: Sequence[float]) -> str:
+    """Say what a larger batch still saves, and what the noise scale had told of it."""
+    s_min, b_crit = (
+        f"{format_number(value)} [{'–'.join(map(format_number, ends))}]"
+        for value, ends in ((fit.s_min, fit.s_min_range), (fit.b_crit, fit.b_crit_range))
+    )
+    sentences = [
+        "Serial and synchronous SGD with batch B take S_min (1 + B_crit / B) steps to the target, with S_min = "
+        f"{s_min} and B_crit = {b_crit} samples (95 % ranges, {count(fit.n, 'run')}): batches below B_crit cost steps, "
+        "batches above it samples."
+    ]
+    if noise:
+        runs = "in the run that told it" if len(noise) == 1 else f"in {len(noise)} runs"
+        sentences.append(
+            f"The gradient noise scale, which is to foretell B_crit, was {format_range(noise)} samples {runs}."
+        )
+    return " ".join(sentences)
 
 
 def _misses(cells: Sequence[Measured]) -> str:

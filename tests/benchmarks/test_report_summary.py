@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.hyperbola import Fit
 from benchmarks.report.measures import fastest_serial, measure
 from benchmarks.report.record_summary import summarise_record
 from benchmarks.report.sources import Record
@@ -65,6 +66,24 @@ def test_the_summary_admits_when_serial_is_soonest_and_what_bounds_the_result() 
     assert "The learning rate chosen for 1 of 2 methods is the smallest or largest" in text
     assert "1 method ran more threads than the machine has cores (1)" in text
     assert "differed from the commit" in text
+
+
+def test_the_summary_says_what_larger_batches_still_save(study: Study) -> None:
+    fit = Fit(
+        s_min=200.0, b_crit=300.0, s_min_range=(180.0, 220.0), b_crit_range=(250.0, 350.0), residual=0.1, n=35, missed=0
+    )
+    cells = measure(study)
+    without, alone, beside = (
+        summarise_study(study, cells),
+        summarise_study(study, cells, fit),
+        summarise_study(study, cells, fit, [100.0, 200.0, 400.0]),
+    )
+    (added,) = set(alone) - set(without)
+    assert "S_min = 200 [180–220] and B_crit = 300 [250–350] samples (95 % ranges, 35 runs)" in added
+    assert "noise" not in added
+    assert "The gradient noise scale, which is to foretell B_crit, was 200 [100–400] samples in 3 runs." in " ".join(
+        beside
+    )
 
 
 def test_words() -> None:
