@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults.jobs import assert_nothing_left
 from tests.launching import mpirun
-from tests.test_shared_memory_kill import abandoned_in_shm
+from tests.shared_memory_files import abandoned_in_shm
 
 TRAIN = ["-m", "allreduce_sgd.train", "--batch-size", "8"]
 

@@ -1,7 +1,6 @@
 """Shared memory when a rank is killed, and what a rank that waits for a late one costs."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,8 +11,7 @@ import psutil
 import pytest
 
 from tests.launching import finish, mpirun, start
-
-SHM = Path("/dev/shm")
+from tests.shared_memory_files import SHM, left_in_shm, names_in_shm
 
 # Reduces for ever, 8 MB in the shared memory of the node and 2 MB through its slots.
 FOR_EVER = """
@@ -64,22 +62,6 @@ comm.close()
 """
 
 
-def names_in_shm() -> set[str]:
-    return set(os.listdir(SHM))
-
-
-def abandoned_in_shm() -> set[str]:
-    """Return the files in /dev/shm that no process uses: other jobs may run on this machine."""
-    used = set()
-    for process in psutil.process_iter():
-        try:
-            used |= {Path(mapped.path).name for mapped in process.memory_maps() if mapped.path.startswith(f"{SHM}/")}
-            used |= {Path(file.path).name for file in process.open_files() if file.path.startswith(f"{SHM}/")}
-        except psutil.Error:
-            continue
-    return names_in_shm() - used
-
-
 def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     children = psutil.Process(launcher.pid).children(recursive=True)
     return [child for child in children if child.cmdline()[:1] == [sys.executable]]
@@ -108,11 +90,7 @@ def test_a_killed_job_ends_and_leaves_nothing(victims: str) -> None:
     assert done.seconds < 10
     gone, alive = psutil.wait_procs(ranks, timeout=10)
     assert len(gone) == 2, alive
-    deadline_seconds = time.monotonic() + 15
-    # Files of other jobs, which are about to start, lie there unused for a moment.
-    while (left := abandoned_in_shm() - before) and time.monotonic() < deadline_seconds:
-        time.sleep(0.2)
-    assert not left
+    assert not left_in_shm(before)
 
 
 def test_waiting_for_a_late_rank_burns_little() -> None:

@@ -10,7 +10,7 @@ import psutil
 
 from allreduce_sgd.checkpoint import find
 from tests.launching import Finished, mpirun
-from tests.test_shared_memory_kill import SHM, abandoned_in_shm
+from tests.shared_memory_files import SHM, abandoned_in_shm, left_in_shm
 
 __all__ = ["TRAIN", "assert_nothing_left", "ended_after_fault", "leaving_nothing", "newest_step", "processes_of"]
 
@@ -54,14 +54,10 @@ def assert_nothing_left(name: str, shm_before: set[str] | None) -> None:
     """Assert that no process of the job called `name` lives, and nothing new lies unused in shared memory (None: not
     looked at)."""
     deadline_seconds = time.monotonic() + 15
-    while (left := _left(name, shm_before)) and time.monotonic() < deadline_seconds:
-        # Files of other jobs, which are about to start, lie there unused for a moment.
+    while (left := processes_of(name)) and time.monotonic() < deadline_seconds:
         time.sleep(0.2)
     assert left == []
-
-
-def _left(name: str, shm_before: set[str] | None) -> list[str]:
-    return processes_of(name) or sorted(set() if shm_before is None else abandoned_in_shm() - shm_before)
+    assert shm_before is None or not left_in_shm(shm_before)
 
 
 def processes_of(name: str) -> list[str]:

@@ -17,8 +17,8 @@ from allreduce_sgd import checkpoint
 from allreduce_sgd.comm.single import SingleCommunicator
 from tests.faults.jobs import TRAIN, assert_nothing_left, ended_after_fault, newest_step
 from tests.launching import finish, mpirun, start
+from tests.shared_memory_files import SHM, abandoned_in_shm
 from tests.test_resume import wait_for_step
-from tests.test_shared_memory_kill import SHM, abandoned_in_shm
 
 # So that a bucket takes several messages.
 RING = ["--algorithm", "ring", "--no-shard-optimizer"]
