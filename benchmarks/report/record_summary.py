@@ -124,6 +124,15 @@ def _scaling(record: Record) -> str:
     ranks = [row["ranks"] for row in record.rows if row["kind"] == "prediction"]
     if ranks:
         sentences.append(f"{count(len(ranks), 'point')} of up to {max(ranks):,} ranks: simulated, not measured.")
+    advice = {row["choice"]: row for row in record.rows if row["kind"] == "advice"}
+    for choice in ("recommended", "soonest, at any cost"):
+        if choice in advice:
+            row = advice[choice]
+            sentences.append(
+                f"Simulated, not measured, {choice}: {count(row['ranks'], 'rank')} with batch {row['global_batch']:,.0f} "
+                f"reach the target in {format_number(row['seconds_to_target'])} s, "
+                f"{format_number(row['speed_up_to_accuracy'])} times as soon as one rank at its best batch."
+            )
     return " ".join(sentences)
 
 

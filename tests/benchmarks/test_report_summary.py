@@ -120,6 +120,11 @@ def test_sentences_of_records() -> None:
         "median and by 2.0 % at most with more ranks than cores (1 case). 1 point of up to 1,024 ranks: simulated, "
         "not measured."
     )
+    plan = {"kind": "advice", "choice": "recommended", "ranks": 2, "global_batch": 4096.0, "seconds_to_target": 5.25}
+    assert summarise_record(Record({"benchmark": "scaling"}, ({**plan, "speed_up_to_accuracy": 1.5},))) == (
+        "Simulated, not measured, recommended: 2 ranks with batch 4,096 reach the target in 5.25 s, 1.50 times as soon "
+        "as one rank at its best batch."
+    )
     assert summarise_record(Record({"benchmark": "other"}, ({"a": 1},))) == "1 row; see the section."
 
 
