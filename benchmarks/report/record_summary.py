@@ -129,8 +129,8 @@ def _scaling(record: Record) -> str:
         if choice in advice:
             row = advice[choice]
             sentences.append(
-                f"Simulated, not measured, {choice}: {count(row['ranks'], 'rank')} with batch {row['global_batch']:,.0f} "
-                f"reach the target in {format_number(row['seconds_to_target'])} s, "
+                f"Simulated, not measured, {choice}: {count(row['ranks'], 'rank')} with batch "
+                f"{row['global_batch']:,.0f} reach the target in {format_number(row['seconds_to_target'])} s, "
                 f"{format_number(row['speed_up_to_accuracy'])} times as soon as one rank at its best batch."
             )
     return " ".join(sentences)
