@@ -3,7 +3,7 @@
 import importlib
 import itertools
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,6 +13,8 @@ from benchmarks.report.words import count, listing, percent
 from benchmarks.table import format_number
 
 __all__ = ["summarise_record"]
+
+_Rows = Sequence[Mapping[str, Any]]
 
 _PEERS = (("allreduce_sgd", "with this package"), ("torch_ddp_gloo", "with PyTorch's DDP over Gloo"))
 
@@ -25,13 +27,22 @@ def summarise_record(record: Record) -> str:
 
 def _steps(record: Record) -> str:
     """Say what a step costs with communication over one without, ours beside torch's."""
-    sentences = []
-    for workload in dict.fromkeys(row["workload"] for row in record.rows):
-        ratios = {row["contender"]: format_number(row["ratio"]) for row in record.rows if row["workload"] == workload}
-        told = [f"{ratios[who]} times as long {what}" for who, what in _PEERS if who in ratios]
-        if told:
-            sentences.append(f"{listing(told)} ({workload})")
-    return f"Beside one that does not communicate, a training step takes {'; '.join(sentences)}." if sentences else ""
+
+    def tell(rows: _Rows) -> list[str]:
+        ratios = {row["contender"]: format_number(row["ratio"]) for row in rows}
+        return [f"{ratios[who]} times as long {what}" for who, what in _PEERS if who in ratios]
+
+    told = _by_workload(record, tell)
+    return f"Beside one that does not communicate, a training step takes {told}." if told else ""
+
+
+def _by_workload(record: Record, tell: Callable[[_Rows], list[str]]) -> str:
+    """Return what `tell` says of the rows of each workload, which may be nothing."""
+    told = {
+        workload: tell([row for row in record.rows if row["workload"] == workload])
+        for workload in dict.fromkeys(row["workload"] for row in record.rows)
+    }
+    return "; ".join(f"{listing(parts)} ({workload})" for workload, parts in told.items() if parts)
 
 
 def _strategies(record: Record) -> str:
@@ -160,17 +171,17 @@ def _chaos(record: Record) -> str:
 
 def _local_steps(record: Record) -> str:
     """Say what a step costs for each period, over one that never exchanges."""
-    sentences = []
-    for workload in dict.fromkeys(row["workload"] for row in record.rows):
-        told = [
+
+    def tell(rows: _Rows) -> list[str]:
+        return [
             f"{format_number(row['ratio'])} times as long with an average {_every(row['period'])}"
             + (f", {count(row['delay'], 'step')} late" if row["delay"] else "")
-            for row in record.rows
-            if row["workload"] == workload and row["period"] is not None
+            for row in rows
+            if row["period"] is not None
         ]
-        if told:
-            sentences.append(f"{listing(told)} ({workload})")
-    return f"Beside one that never exchanges, a step takes {'; '.join(sentences)}." if sentences else ""
+
+    told = _by_workload(record, tell)
+    return f"Beside one that never exchanges, a step takes {told}." if told else ""
 
 
 def _every(period: int) -> str:
@@ -200,17 +211,18 @@ def _startup(record: Record) -> str:
 
 def _virtual_ranks(record: Record) -> str:
     """Say what bits that do not depend on the number of ranks cost, over synchronous SGD."""
-    sentences = []
-    for workload in dict.fromkeys(row["workload"] for row in record.rows):
-        here = [row for row in record.rows if row["workload"] == workload and row["virtual_ranks"] is not None]
-        told = [f"{format_number(row['ratio'])} times as long with {row['virtual_ranks']} of them" for row in here]
-        if told:
-            sentences.append(f"{listing(told)} ({workload})")
+
+    def tell(rows: _Rows) -> list[str]:
+        return [
+            f"{format_number(row['ratio'])} times as long with {row['virtual_ranks']} of them"
+            for row in rows
+            if row["virtual_ranks"] is not None
+        ]
+
+    told = _by_workload(record, tell)
     wrong = sum(row["wrong"] for row in record.rows)
     bits = f"{count(wrong, 'case')} ended in wrong bits" if wrong else "all ended in the bits they should"
-    if not sentences:
-        return ""
-    return f"With virtual ranks, a step takes, beside synchronous SGD, {'; '.join(sentences)}; {bits}."
+    return f"With virtual ranks, a step takes, beside synchronous SGD, {told}; {bits}." if told else ""
 
 
 def _accuracy(row: Mapping[str, Any]) -> float:

@@ -103,9 +103,9 @@ def _batches(fit: Fit, noise: Sequence[float]) -> str:
         "batches above it samples."
     ]
     if noise:
-        runs = "in the run that told it" if len(noise) == 1 else f"in {len(noise)} runs"
         sentences.append(
-            f"The gradient noise scale, which is to foretell B_crit, was {format_range(noise)} samples {runs}."
+            f"The gradient noise scale, which is to foretell B_crit, was {format_range(noise)} samples "
+            f"in {count(len(noise), 'run')}."
         )
     return " ".join(sentences)
 
