@@ -37,7 +37,7 @@ from allreduce_sgd.topology import announced_size, launcher_rank
 from benchmarks.arguments import Parser, check_writable, fraction, positive_int
 from benchmarks.record import provenance, write_record
 from benchmarks.runs import RunFailed, find_mpirun
-from benchmarks.study.cells import all_cells, check_cells
+from benchmarks.study.cells import all_cells, check_cells, rates_of
 from benchmarks.study.progress import Progress
 from benchmarks.study.results import Cell, Phase, Run, append_run, fields_of, write_study
 from benchmarks.study.spec import Spec, read_spec, shipped
@@ -61,7 +61,8 @@ A spec is a TOML file. Its keys, with [...] for what may be left out:
   [trainer]      further flags of training for all cells (default: momentum = 0.9, device = "cpu")
   [tuning]       lr = [...], ascending: every cell tries each in as many runs, and takes the one that needs
                  fewest samples to the target
-                 [scaling = "none", batch_size = B]   "linear" or "sqrt": lr is for mini-batches of B samples
+                 [scaling = "none", batch_size = B]   "linear" or "sqrt": lr is for updates made from B samples
+                                                      (hogwild's from each rank's part of the mini-batch)
                  [seeds = 1]                          runs of each cell with each rate
   [grid]         ranks = [...], strategies = [...], global_batch_sizes = [...], [algorithms], [compressions],
                  [networks = ["none"]]: every combination is a cell. A strategy is a name, or
@@ -161,7 +162,7 @@ def _tuning(spec: Spec, cells: Sequence[Cell]) -> list[tuple[Cell, float, int]]:
     if len(spec.tuning.lr) == 1:
         return []
     return [
-        (cell, spec.tuning.rates(cell.global_batch_size)[index], FIRST_TUNING_SEED + seed)
+        (cell, rates_of(spec, cell)[index], FIRST_TUNING_SEED + seed)
         for seed in range(spec.tuning.seeds)
         for index in range(len(spec.tuning.lr))
         for cell in cells
@@ -194,9 +195,7 @@ def _run_all(
 
         take(tuning, "tuning")
         chosen = choices(runs)
-        rates = {
-            cell: chosen[cell].lr if cell in chosen else spec.tuning.rates(cell.global_batch_size)[0] for cell in cells
-        }
+        rates = {cell: chosen[cell].lr if cell in chosen else rates_of(spec, cell)[0] for cell in cells}
         take([(cell, rates[cell], seed) for seed in seeds for cell in cells], "measured")
     return runs
 
@@ -214,10 +213,7 @@ def _chosen(runs: Sequence[Run], output: Path) -> str:
 
 def _listing(spec: Spec, cells: Sequence[Cell]) -> str:
     tuning, measured = len(_tuning(spec, cells)), spec.seeds * len(cells)
-    lines = [
-        [cell.label, cell.contender, ", ".join(f"{rate:.3g}" for rate in spec.tuning.rates(cell.global_batch_size))]
-        for cell in cells
-    ]
+    lines = [[cell.label, cell.contender, ", ".join(f"{rate:.3g}" for rate in rates_of(spec, cell))] for cell in cells]
     table = format_table(["cell", "contender", "learning rates"], lines, text_columns=3)
     counts = f"{counted(len(cells), 'cell')}, {tuning} tuning and {measured} measured runs: {tuning + measured} in all"
     return f"{table}\n\n{counts}"

@@ -13,7 +13,7 @@ from benchmarks.runs import words
 from benchmarks.study.results import Cell
 from benchmarks.study.spec import Spec
 
-__all__ = ["ALL_CORES", "OURS", "SERIAL", "TORCH", "all_cells", "check_cells", "flags_of", "folder_name"]
+__all__ = ["ALL_CORES", "OURS", "SERIAL", "TORCH", "all_cells", "check_cells", "flags_of", "folder_name", "rates_of"]
 
 SERIAL = "serial"
 ALL_CORES = "one_rank_all_cores"
@@ -67,9 +67,18 @@ def check_cells(source: str, spec: Spec, cells: Sequence[Cell]) -> None:
             raise ConfigError(f"{source}: the cells {same!r} and {cell.label!r} are the same")
         labels[cell.label] = cell
         try:
-            parse(words(flags_of(spec, cell, spec.tuning.rates(cell.global_batch_size)[0], 0)))
+            parse(words(flags_of(spec, cell, rates_of(spec, cell)[0], 0)))
         except ConfigError as problem:
             raise ConfigError(f"{source}: {cell.label}: {problem}") from problem
+
+
+def rates_of(spec: Spec, cell: Cell) -> tuple[float, ...]:
+    """Return the rates that a cell chooses from, scaled by the samples that one update of its parameters is made from.
+
+    That is the mini-batch, except where every rank's gradient is an update by itself.
+    """
+    updates = cell.ranks if cell.strategy == "hogwild" else 1
+    return spec.tuning.rates(cell.global_batch_size // updates)
 
 
 def flags_of(spec: Spec, cell: Cell, lr: float, seed: int) -> dict[str, str | int | float | bool]:

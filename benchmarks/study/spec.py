@@ -58,16 +58,16 @@ class StrategyEntry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The learning rates `lr`, given for mini-batches of `batch_size` (None: for all), and how many seeds try them."""
+    """The learning rates `lr`, for updates from `batch_size` samples (None: for all), and how many seeds try them."""
 
     lr: tuple[float, ...]
     batch_size: int | None = None
     scaling: str = "none"
     seeds: int = 1
 
-    def rates(self, global_batch_size: int) -> tuple[float, ...]:
-        """Return the rates that a cell with this mini-batch chooses from."""
-        ratio = 1.0 if self.batch_size is None else global_batch_size / self.batch_size
+    def rates(self, update_samples: int) -> tuple[float, ...]:
+        """Return the rates to choose from where an update is made from so many samples."""
+        ratio = 1.0 if self.batch_size is None else update_samples / self.batch_size
         factor = {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[self.scaling]
         # Rounded, so that rates have short names.
         return tuple(float(f"{rate * factor:.6g}") for rate in self.lr)

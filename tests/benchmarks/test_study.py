@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from allreduce_sgd.errors import ConfigError
-from benchmarks.study.cells import all_cells, check_cells, flags_of, folder_name
+from benchmarks.study.cells import all_cells, check_cells, flags_of, folder_name, rates_of
 from benchmarks.study.progress import Progress
 from benchmarks.study.results import Cell, Run, append_run, read_study, write_study
 from benchmarks.study.spec import Spec, read_spec, shipped
@@ -126,10 +126,19 @@ def test_all_cells_choose_from_as_many_rates(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, TOP + linear + GRID + "[baselines]\nserial_batches = [1]\n")
     assert spec.tuning.rates(32) == (0.01, 0.1)
     assert spec.tuning.rates(64) == (0.02, 0.2)
-    assert {len(spec.tuning.rates(cell.global_batch_size)) for cell in all_cells(spec, 2)} == {2}
+    assert {len(rates_of(spec, cell)) for cell in all_cells(spec, 2)} == {2}
     spec = spec_of(tmp_path, TOP + linear.replace("linear", "sqrt") + GRID)
     assert spec.tuning.rates(64) == pytest.approx((0.01 * math.sqrt(2), 0.1 * math.sqrt(2)), rel=1e-5)
     assert spec_of(tmp_path, TOP + TUNING + GRID).tuning.rates(64) == (0.01, 0.1)
+
+
+def test_rates_are_for_the_samples_that_an_update_is_made_from(tmp_path: Path) -> None:
+    grid = '[grid]\nranks = [2, 4]\nstrategies = ["sync", "hogwild"]\nglobal_batch_sizes = [64]\n'
+    spec = spec_of(tmp_path, TOP + TUNING + 'scaling = "linear"\nbatch_size = 32\n' + grid)
+    rates = {(cell.strategy, cell.ranks): rates_of(spec, cell) for cell in all_cells(spec, 2)}
+    assert rates["sync", 2] == rates["sync", 4] == (0.02, 0.2)
+    assert rates["hogwild", 2] == (0.01, 0.1)
+    assert rates["hogwild", 4] == (0.005, 0.05)
 
 
 def test_the_rate_that_needs_fewest_samples_counts_and_else_the_most_accurate() -> None:
