@@ -10,7 +10,7 @@ run is a point, and the ranges come from a bootstrap over the runs of each batch
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import exp, inf, isinf, sqrt
 
 import numpy as np
@@ -42,8 +42,9 @@ class Fit:
     """Steps to the target, S = s_min (1 + b_crit / B), of batches of B samples.
 
     The ranges are 95 % intervals; an end that the data leave open is 0 or infinite. `residual` is the median over runs
-    of |S / fit - 1|. `n` runs were fitted; `missed` more did not reach the target, which makes the fit an optimistic
-    one, as the slow runs are those left out.
+    of |S / fit - 1|. `n` runs were fitted, with batches from the first to the second of `batches`; `missed` more did
+    not reach the target, which makes the fit an optimistic one, as the slow runs are those left out. `draws`, (n, 2),
+    are the (S_min, B_crit) of the bootstrap.
     """
 
     s_min: float
@@ -53,6 +54,8 @@ class Fit:
     residual: float
     n: int
     missed: int
+    batches: tuple[int, int] | None = None
+    draws: _Array | None = field(default=None, repr=False, compare=False)
 
     @property
     def e_min(self) -> float:
@@ -61,6 +64,13 @@ class Fit:
 
     def steps(self, batch: float) -> float:
         return self.s_min * (1 + self.b_crit / batch)
+
+    def steps_range(self, batch: float) -> tuple[float, float]:
+        """Return the 95 % interval of the steps with this batch; S_min and B_crit vary together."""
+        if self.draws is None:
+            return self.steps(batch), self.steps(batch)
+        low, high = np.quantile(self.draws[:, 0] * (1 + self.draws[:, 1] / batch), _QUANTILES).tolist()
+        return low, high
 
     def samples(self, batch: float) -> float:
         return batch * self.steps(batch)
@@ -99,7 +109,8 @@ def fit_hyperbola(points: Sequence[tuple[int, float]], seed: int = 0, resamples:
     fitted = _solve(batch, np.log(steps), bounds, None)
     drawn = _resample(batch, np.log(steps), fitted, resamples, np.random.default_rng(seed))
     estimates = np.array([_solve(batch, log_steps, bounds, fitted) for log_steps in drawn])
-    (s_low, b_low), (s_high, b_high) = np.exp(np.quantile(estimates, _QUANTILES, axis=0)).tolist()
+    draws = np.exp(estimates)
+    (s_low, b_low), (s_high, b_high) = np.quantile(draws, _QUANTILES, axis=0).tolist()
     if b_low * _AT_BOUND < exp(bounds[0]):
         b_low = 0.0
     if b_high > exp(bounds[1]) * _AT_BOUND:
@@ -112,13 +123,16 @@ def fit_hyperbola(points: Sequence[tuple[int, float]], seed: int = 0, resamples:
         residual=float(np.median(np.abs(np.expm1(np.log(steps) - _curve(fitted, batch))))),
         n=len(reached),
         missed=len(points) - len(reached),
+        batches=(batches[0], batches[-1]),
+        draws=draws,
     )
 
 
 def points_of(study: Study) -> list[tuple[int, float]]:
     """Return (global batch, steps to the target) of each measured run of ours that is plain synchronous SGD.
 
-    Ranks and threads do not matter to that, so cells which differ in these are one. Compressed runs are left out.
+    Ranks and threads do not matter to that, so cells which differ in these are one. Compressed runs are left out, and
+    those with flags of their own, which may be another momentum or decay.
     """
     return [
         (run.cell.global_batch_size, run.steps)
@@ -127,6 +141,7 @@ def points_of(study: Study) -> list[tuple[int, float]]:
         and run.cell.contender in _OURS
         and run.cell.strategy in _SYNCHRONOUS
         and run.cell.compression == "none"
+        and not run.cell.flags
     ]
 
 

@@ -1,10 +1,11 @@
-"""How many steps a target takes: from the hyperbola of batch sizes, or as runs of that many ranks really took.
+"""How many steps a target takes: from the hyperbola of batch sizes, or as runs of that very method took.
 
 Steps of synchronous SGD depend on the global batch alone, S = S_min (1 + B_crit / B) (McCandlish et al. 2018,
-arXiv 1812.06162; `benchmarks.hyperbola`), whose constants are given or fitted to a study. Where the study has runs of
-this very strategy, number of ranks and batch, their median counts: ranks that shared cores took as many steps as they
-would have with a core each. For local and delayed SGD without such runs the steps of synchronous SGD with the same
-global batch are taken, which they can only exceed: what is predicted then is the least time, and marked so.
+arXiv 1812.06162; `benchmarks.hyperbola`), whose constants are given or fitted to all synchronous runs of a study. Both
+the ranks and the one rank that they are compared with stand on that curve: a median of a few runs here and the curve
+there would take what is chance for a speed-up. For another strategy or a codec the runs of a study count, at the same
+number of ranks and batch; ranks that shared cores took as many steps as they would have with a core each. Without such
+runs the steps of synchronous SGD are assumed, and marked so: as a rule it takes more, but it may take fewer.
 """
 
 import statistics
@@ -12,41 +13,70 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+from typing import Literal
 
 from allreduce_sgd.errors import ConfigError
-from benchmarks.hyperbola import fit_hyperbola, points_of
-from benchmarks.study.results import read_study
+from allreduce_sgd.strategies.options import PERIODS
+from benchmarks.hyperbola import Fit, fit_hyperbola, points_of
+from benchmarks.study.results import Cell, read_study
+from benchmarks.table import format_number
 
-__all__ = ["Accuracy", "Steps", "from_study"]
+__all__ = ["SYNCHRONOUS", "Accuracy", "Method", "Steps", "from_study"]
 
-_Key = tuple[str, int, int, int]
+
+@dataclass(frozen=True)
+class Method:
+    """What steps depend on beside the batch and the ranks; the period is 1 for strategies that have none."""
+
+    strategy: str = "sync"
+    period: int = 1
+    delay: int = 0
+    codec: str = "none"
+
+
+SYNCHRONOUS = Method()
 
 
 @dataclass(frozen=True)
 class Steps:
-    """`basis` is measured, hyperbola, or at least: the hyperbola of synchronous SGD for another strategy."""
+    """`basis` is hyperbola; measured, the median of runs; or assumed: those of synchronous SGD for another method.
+
+    `low` and `high` end the 95 % interval of the hyperbola's fit. `beyond`: the fit knows no batch that small or large.
+    """
 
     count: float
-    basis: str
+    basis: Literal["hyperbola", "measured", "assumed"]
+    low: float
+    high: float
+    beyond: bool = False
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """`measured`: the median steps by (strategy, period, ranks, global batch), infinite where most runs missed the
-    target; the period is 1 for strategies that have none."""
+    """`measured`: the median steps by method, ranks and global batch, infinite where most runs missed the target.
+
+    `fit` is where the constants come from, None where they were given; `model` what the study trained.
+    """
 
     s_min: float
     b_crit: float
     source: str
-    measured: Mapping[_Key, float] = field(default_factory=lambda: MappingProxyType({}))
+    measured: Mapping[tuple[Method, int, int], float] = field(default_factory=lambda: MappingProxyType({}))
+    fit: Fit | None = None
+    model: str | None = None
 
-    def steps(self, strategy: str, period: int, ranks: int, batch: float) -> Steps:
+    def steps(self, method: Method, ranks: int, batch: float) -> Steps:
         """Return the steps to the target with `batch` samples of all ranks together in each."""
-        found = self.measured.get((strategy, period, ranks, round(batch)))
-        if found is not None:
-            return Steps(found, "measured")
+        found = self.measured.get((method, ranks, round(batch)))
+        if found is not None and method != SYNCHRONOUS:
+            return Steps(found, "measured", found, found)
+        basis: Literal["hyperbola", "assumed"] = "hyperbola" if method == SYNCHRONOUS else "assumed"
         count = self.s_min * (1 + self.b_crit / batch)
-        return Steps(count, "hyperbola" if strategy == "sync" else "at least")
+        if self.fit is None:
+            return Steps(count, basis, count, count)
+        low, high = self.fit.steps_range(batch)
+        smallest, largest = self.fit.batches or (0, batch)
+        return Steps(count, basis, low, high, beyond=not smallest <= batch <= largest)
 
 
 def from_study(flag: str, path: Path) -> Accuracy:
@@ -56,13 +86,26 @@ def from_study(flag: str, path: Path) -> Accuracy:
         fit = fit_hyperbola(points_of(study))
     except ValueError as problem:
         raise ConfigError(f"{flag} {path}: {problem}") from problem
-    groups: dict[_Key, list[float]] = {}
+    groups: dict[tuple[Method, int, int], list[float]] = {}
     for run in study.runs:
-        cell = run.cell
-        if run.phase == "measured" and cell.contender == "allreduce_sgd" and cell.compression == "none":
-            period = int(dict(cell.flags).get("period", 1)) if cell.strategy == "local" else 1
-            groups.setdefault((cell.strategy, period, cell.ranks, cell.global_batch_size), []).append(run.steps)
-    measured = {key: statistics.median_low(steps) for key, steps in groups.items()}
-    target = f"{100 * study.target_accuracy:g} % of study {study.name}"
-    source = f"{target}: S_min {fit.s_min:.4g}, B_crit {fit.b_crit:.4g}, {fit.n} runs"
-    return Accuracy(fit.s_min, fit.b_crit, source, MappingProxyType(measured))
+        method = _method_of(run.cell)
+        if run.phase == "measured" and run.cell.contender == "allreduce_sgd" and method is not None:
+            groups.setdefault((method, run.cell.ranks, run.cell.global_batch_size), []).append(run.steps)
+    measured = {key: statistics.median(steps) for key, steps in groups.items()}
+    (s_low, s_high), (b_low, b_high) = fit.s_min_range, fit.b_crit_range
+    smallest, largest = fit.batches or (0, 0)
+    source = (
+        f"{100 * study.target_accuracy:g} % of study {study.name}: "
+        f"S_min {fit.s_min:.4g} [{format_number(s_low)}–{format_number(s_high)}], "
+        f"B_crit {fit.b_crit:.4g} [{format_number(b_low)}–{format_number(b_high)}], "
+        f"{fit.n} runs, {fit.missed} more missed it, batches {smallest:,} to {largest:,}"
+    )
+    return Accuracy(fit.s_min, fit.b_crit, source, MappingProxyType(measured), fit, study.head["spec"].get("model"))
+
+
+def _method_of(cell: Cell) -> Method | None:
+    """Return the method of a cell; None where its flags make another of it."""
+    flags = dict(cell.flags)
+    period = int(flags.pop("period", PERIODS.get(cell.strategy, 1)))
+    delay = int(flags.pop("delay", 1 if cell.strategy == "delayed" else 0))
+    return None if flags else Method(cell.strategy, period, delay, cell.compression)

@@ -2,12 +2,13 @@
 
 Every combination is predicted. Recommended is the least time to the target among synchronous SGD of those that use
 their ranks well enough: efficiency, speed-up to accuracy ÷ ranks, of at least `--min-efficiency`. Local and delayed SGD
-are shown beside it; they are recommended only where a study has runs that tell how many steps they take, since what is
-known without is the least time that they could take.
+are shown beside it; they are recommended only where a study has runs that tell how many steps they take. A choice whose
+runs missed the target takes for ever, and is shown so.
 """
 
 import argparse
 import itertools
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from benchmarks.scaling.network_flags import (
     accuracy_of,
     add_network_flags,
     add_target_flags,
+    check_model,
     connect_ranks,
     stragglers_of,
 )
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     if accuracy is None:
         raise ConfigError("--study: advice needs a target: a study's results, or --s-min and --b-crit")
     (work,) = workloads_of(options.workload, profile)[:1]
+    check_model("--workload", accuracy, work)
     connection = connect_ranks(options, profile)
     predictor = Predictor(
         profile, work.model, connection.reductions, connection.text, stragglers_of(options, profile), accuracy
@@ -68,16 +71,15 @@ def _search(predictor: Predictor, options: argparse.Namespace) -> list[Row]:
         if batch < ranks or (ranks == 1 and plan != plans[0]):
             continue
         row = predictor.row(ranks, batch / ranks, plan, batch)
-        if row["seconds_to_target"] is not None:
-            row["kind"] = "advice"
-            row["accuracy_efficiency"] = row["speed_up_to_accuracy"] / ranks
-            rows.append(row)
+        row["kind"] = "advice"
+        row["accuracy_efficiency"] = row.get("speed_up_to_accuracy", 0.0) / ranks
+        rows.append(row)
     return rows
 
 
 def _recommend(rows: Sequence[Row], min_efficiency: float) -> list[Row]:
     """Return the recommendation first, then the best of each alternative, each row with the name of its choice."""
-    known = [row for row in rows if row["strategy"] == "sync" or row["steps_basis"] == "measured"]
+    known = [row for row in rows if row["steps_basis"] != "assumed" and row["seconds_to_target"] is not None]
     efficient = [row for row in known if row["accuracy_efficiency"] >= min_efficiency]
     best = _soonest(efficient or known)
     chosen = [{**best, "choice": "recommended"}]
@@ -105,7 +107,10 @@ def _recommend(rows: Sequence[Row], min_efficiency: float) -> list[Row]:
 
 
 def _soonest(rows: Sequence[Row]) -> Row:
-    return min(rows, key=lambda row: (row["seconds_to_target"], row["rank_hours"], -row["bucket_mb"]))
+    def cost(row: Row) -> tuple[float, float, float]:
+        return row.get("seconds_to_target") or math.inf, row.get("rank_hours", math.inf), -row["bucket_mb"]
+
+    return min(rows, key=cost)
 
 
 def _reasons(best: Row, min_efficiency: float, met: bool) -> list[str]:
@@ -125,7 +130,6 @@ def _reasons(best: Row, min_efficiency: float, met: bool) -> list[str]:
         reasons.append("the batch costs more than the network: ranks are limited by B_crit")
     else:
         reasons.append("the network and stragglers cost more than the batch")
-    reasons.append("≥: the steps of this strategy are not known, so that this is the least time it could take")
     return reasons
 
 

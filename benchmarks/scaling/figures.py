@@ -86,9 +86,9 @@ def _to_accuracy(rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for index, (label, mine) in enumerate(_lines(known).items()):
-        bound = ", at most" if any(row["steps_basis"] == "at least" for row in mine) else ""
+        basis = ", steps as of sync" if any(row["steps_basis"] == "assumed" for row in mine) else ""
         values = [row["speed_up_to_accuracy"] for row in mine]
-        name = f"{label}{bound} (n = {len(mine)} simulated)"
+        name = f"{label}{basis} (n = {len(mine)} simulated)"
         axes.plot([row["ranks"] for row in mine], values, **_style(index), label=name)
     ends = sorted({row["ranks"] for row in known})
     axes.plot(ends, ends, color="0.5", linestyle=(0, (8, 4)), linewidth=1, label="ideal")

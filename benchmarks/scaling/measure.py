@@ -115,6 +115,16 @@ def cores_in_all(topology: Topology) -> int:
 
 
 def _measure(topology: Topology, options: argparse.Namespace) -> Profile:
+    cores = cores_in_all(topology)
+
+    def check() -> None:
+        if topology.size > cores:
+            raise ConfigError(
+                f"mpirun -np {topology.size}: more ranks than the {cores} cores would measure how cores are shared; "
+                f"start at most {cores}"
+            )
+
+    topology.agree(lambda: check() if topology.rank == 0 else None)
     torch.set_num_threads(1)
     communication = CommunicationOptions("mpi", timeout_seconds=options.timeout_seconds)
     comm = connect(topology, torch.device("cpu"), communication)
@@ -129,7 +139,9 @@ def _measure(topology: Topology, options: argparse.Namespace) -> Profile:
     stepped = dict(zip(options.workloads, [step.result() for step in steps], strict=True))
     hook_seconds = hook_seconds_per_parameter(comm)
     comm.close()
-    prices = measure_network(topology, options.algorithms, options.sizes, 3 * options.rounds, options.timeout_seconds)
+    prices = measure_network(
+        topology, cores, options.algorithms, options.sizes, 3 * options.rounds, options.timeout_seconds
+    )
     codecs = [(name, codec_seconds_per_byte(name)) for name in options.codecs]
     factors = [factor for _, each in results for factor in each]
     return profile_of(topology, [compute for compute, _ in results], factors, prices, hook_seconds, stepped, codecs)

@@ -131,9 +131,14 @@ class NetworkPrices:
 
 
 def measure_network(
-    topology: Topology, algorithms: Sequence[str], sizes_bytes: Sequence[int], rounds: int, timeout_seconds: float
+    topology: Topology,
+    cores: int,
+    algorithms: Sequence[str],
+    sizes_bytes: Sequence[int],
+    rounds: int,
+    timeout_seconds: float,
 ) -> NetworkPrices:
-    """Fit α and β, and on one node also time all-reduces through its memory. All ranks must call.
+    """Fit α and β, and on one node also time all-reduces through its memory; `cores` in all. All ranks must call.
 
     Raises ConfigError where the ranks of the node cannot share memory.
     """
@@ -144,7 +149,6 @@ def measure_network(
             topology, comms, topology.size, (0, *sizes_bytes), max(1, rounds // 4), rounds, timeout_seconds
         )
     classes = [1 << power for power in range((2 * max(sizes_bytes)).bit_length())]
-    cores = topology.cores * topology.nodes
     gamma = measure_gamma(topology, min(topology.size, cores), classes)
     programs = {name: ALL_REDUCE[name].columns(None) for name in algorithms}
     messages = [each for each in timings if each.measurement.algorithm != SHARED_MEMORY]

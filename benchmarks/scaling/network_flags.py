@@ -11,7 +11,7 @@ from allreduce_sgd.schedules.simulate import LinkBySize, Network, Placement
 from benchmarks.arguments import Parser, latency_and_rate, positive_int, positive_number
 from benchmarks.scaling.accuracy import Accuracy, from_study
 from benchmarks.scaling.presets import PRESETS
-from benchmarks.scaling.profile import Profile
+from benchmarks.scaling.profile import Compute, Profile
 from benchmarks.scaling.reductions import ALGORITHM_CHOICES, Reductions
 from benchmarks.scaling.stragglers import Stragglers, parse_stragglers
 
@@ -20,6 +20,7 @@ __all__ = [
     "accuracy_of",
     "add_network_flags",
     "add_target_flags",
+    "check_model",
     "connect_ranks",
     "stragglers_of",
 ]
@@ -97,6 +98,8 @@ def connect_ranks(options: argparse.Namespace, profile: Profile) -> Connection:
         text = f"{options.network} ({preset.latency_us:g} µs, {preset.gigabits:g} Gbit/s)"
     network = Network(inside, between, per_node, nics, options.placement, duplex)
     text = f"{text}, {per_node} rank{'s' if per_node > 1 else ''} and {nics} NIC{'s' if nics > 1 else ''} a node"
+    if per_node > 1 and inside is measured:
+        text += ", joined as those of the profile are"
     return Connection(Reductions(network, options.algorithm, profile.call_seconds), text)
 
 
@@ -122,6 +125,12 @@ def accuracy_of(options: argparse.Namespace) -> Accuracy | None:
     if None in given:
         raise ConfigError("--s-min, --b-crit: one needs the other")
     return Accuracy(*given, f"given: S_min {options.s_min:g}, B_crit {options.b_crit:g}")
+
+
+def check_model(flag: str, accuracy: Accuracy, work: Compute) -> None:
+    """Raise ConfigError where a study trained another kind of model than the one whose steps are timed."""
+    if accuracy.model is not None and not work.model.startswith(accuracy.model):
+        raise ConfigError(f"{flag} {work.workload}: the study trained another model, {accuracy.model}")
 
 
 def _prices_of(text: str) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from benchmarks.scaling.network_flags import (
     accuracy_of,
     add_network_flags,
     add_target_flags,
+    check_model,
     connect_ranks,
     stragglers_of,
 )
@@ -42,6 +43,8 @@ def main(arguments: Sequence[str]) -> int:
     workloads = workloads_of(options.workloads, profile)
     if accuracy is not None and len({each.model for each in workloads}) > 1:
         raise ConfigError("--workloads: a target is that of one model; choose one")
+    if accuracy is not None:
+        check_model("--workloads", accuracy, workloads[0])
     cases = [(each, plan, scaling) for each in workloads for plan in plans for scaling in options.scaling]
     for each, plan, scaling in tqdm(cases, desc="predicting", leave=False, disable=not sys.stderr.isatty()):
         predictor = Predictor(profile, each.model, connection.reductions, connection.text, stragglers, accuracy)

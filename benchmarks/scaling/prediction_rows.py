@@ -3,7 +3,8 @@
 Weak scaling keeps the batch of a rank, strong scaling that of all ranks. Speed-up is samples per second over those of
 one rank with that batch, and scaling efficiency is speed-up ÷ ranks. Speed-up to accuracy is over one rank at the batch
 that is best for it, and is hardware × statistical efficiency: samples per second over the baseline's × samples to the
-target of the baseline over those of this row.
+target of the baseline over those of this row. Where steps come from a study's fit, the range of seconds is that of its
+95 % interval.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from benchmarks.scaling.accuracy import Accuracy
+from benchmarks.scaling.accuracy import SYNCHRONOUS, Accuracy, Method
 from benchmarks.scaling.compute import compute_at
 from benchmarks.scaling.profile import Profile
 from benchmarks.scaling.reductions import Reductions
@@ -58,7 +59,7 @@ class Predictor:
             return None
         found = []
         for batch in _BASELINE_BATCHES:
-            steps = self.accuracy.steps("sync", 1, 1, batch).count
+            steps = self.accuracy.steps(SYNCHRONOUS, 1, batch).count
             seconds = steps * compute_at(self.profile.computes, self.model, batch).seconds
             found.append(Baseline(batch, seconds, steps * batch))
         return min(found, key=lambda each: each.seconds)
@@ -91,7 +92,7 @@ class Predictor:
             "speed_up": rate / alone,
             "scaling_efficiency": rate / alone / ranks,
         }
-        return row | self._to_target(row)
+        return row | self._to_target(row, Method(plan.strategy, plan.period, plan.delay, plan.codec.name))
 
     def table(self, numbers: Sequence[int], plan: Plan, scaling: Scaling, batch: float) -> Iterator[dict[str, Any]]:
         """Yield a row for each number of ranks that has at least a sample for each; `batch` of a rank, or of all."""
@@ -100,20 +101,21 @@ class Predictor:
             if per_rank >= 1:
                 yield {**self.row(ranks, per_rank, plan, batch), "scaling": scaling}
 
-    def _to_target(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _to_target(self, row: dict[str, Any], method: Method) -> dict[str, Any]:
         baseline = self.baseline()
         if self.accuracy is None or baseline is None:
             return {}
         batch, rate = row["global_batch"], row["samples_per_second"]
-        steps = self.accuracy.steps(row["strategy"], row["period"], row["ranks"], batch)
+        steps = self.accuracy.steps(method, row["ranks"], batch)
+        told = {"target": self.accuracy.source, "steps_basis": steps.basis, "beyond_study": steps.beyond}
+        if not math.isfinite(steps.count):
+            return {**told, "steps_to_target": None, "seconds_to_target": None}
         seconds = steps.count * row["step_seconds"]
-        if not math.isfinite(seconds):
-            return {"steps_to_target": None, "steps_basis": steps.basis, "seconds_to_target": None}
         return {
-            "target": self.accuracy.source,
+            **told,
             "steps_to_target": steps.count,
-            "steps_basis": steps.basis,
             "seconds_to_target": seconds,
+            "seconds_to_target_range": [each * row["step_seconds"] for each in (steps.low, steps.high)],
             "rank_hours": row["ranks"] * seconds / 3600,
             "gigabytes_sent": row["bytes_sent"] * steps.count / 1e9,
             "baseline_batch": baseline.batch_size,

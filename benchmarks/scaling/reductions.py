@@ -2,8 +2,9 @@
 
 The event simulator follows the very schedules of the communicator. A ring of P ranks has 2(P-1) rounds, though, and
 work beyond `SIMULATED_EVENTS` ranks · rounds goes to the closed form of `cost` at the price of the slowest message of a
-round, which is the more pessimistic the less alike messages are; the answer says which it was. Answers are kept by
-bytes and ranks, as predictions ask for the same buckets again and again.
+round, which is the more pessimistic the less alike messages are; the answer says which it was. Schedules of log P
+rounds are simulated up to eight times as much. Answers are kept by bytes and ranks, as predictions ask for the same
+buckets again and again.
 """
 
 from collections.abc import Mapping
@@ -30,6 +31,10 @@ _SEGMENT_BYTES = 1 << 20
 _LANES = ("halving-doubling", "ring")
 _AROUND = ("ring", "segmented-ring", "chain")
 """Their rounds grow with the number of ranks."""
+_WIDE = 8
+"""How much more is simulated of few rounds with many messages each, which are computed all at once."""
+_PARTS = {"recursive-doubling": 1, "tree": 1, "halving-doubling": 2}
+"""Into how many parts a bucket is cut for the largest message; as many as there are ranks for other schedules."""
 
 Method = Literal["none", "measured", "simulated", "closed form"]
 
@@ -112,7 +117,7 @@ class Reductions:
         algorithm = ALL_REDUCE[name]
         segment = _SEGMENT_BYTES // _ITEM_BYTES if algorithm.segmented else None
         rounds = algorithm.step_count(0, ranks, length, segment) + (ranks if name in _AROUND else 0)
-        if rounds * ranks > SIMULATED_EVENTS:
+        if rounds * ranks > SIMULATED_EVENTS * (1 if name in _AROUND else _WIDE):
             return self._closed(name, ranks, length)
         look_ahead = 0
         if name == "segmented-ring" and segment is not None:
@@ -136,14 +141,19 @@ class Reductions:
     def _closed(self, name: str, ranks: int, length: int) -> Reduction:
         algorithm = ALL_REDUCE[name]
         n_bytes = length * _ITEM_BYTES
-        message_bytes = min(n_bytes, _SEGMENT_BYTES) if name == "chain" else max(_ITEM_BYTES, n_bytes // ranks)
-        link = self._slowest(ranks, message_bytes)
+        message_bytes = max(_ITEM_BYTES, n_bytes // _PARTS.get(name, ranks))
+        if name == "chain":
+            message_bytes = min(n_bytes, _SEGMENT_BYTES)
+        link = self._slowest(ranks, message_bytes, all_leave=name not in _AROUND)
         seconds = algorithm.seconds(ranks, float(n_bytes), link, _SEGMENT_BYTES)
         sent = algorithm.elements_sent(0, ranks, length) * _ITEM_BYTES
         return Reduction(self.call_seconds + seconds, float(sent), name, "closed form")
 
-    def _slowest(self, ranks: int, message_bytes: int) -> LinkCost:
-        """Return the price of the slowest message of a round in which every rank sends to the next one."""
+    def _slowest(self, ranks: int, message_bytes: int, all_leave: bool = False) -> LinkCost:
+        """Return the price of the slowest message of a round in which every rank sends to the next one.
+
+        `all_leave`: there are rounds in which all ranks of a node send to other nodes, whatever the placement.
+        """
         network = self.network
         inside = _at(network.inside, message_bytes)
         if not network.duplex:
@@ -152,7 +162,7 @@ class Reductions:
         if per_node is None or ranks <= per_node:
             return inside
         between = _at(network.between or network.inside, message_bytes)
-        if network.placement == "round_robin":
+        if all_leave or network.placement == "round_robin":
             between = between.shared_by(-(-per_node // network.nics_per_node))
         if per_node == 1:
             return between

@@ -31,6 +31,8 @@ _SHORTEST, _LONGEST = 1e-12, 40.0
 """Of -log u; what is beyond has no weight."""
 _COMPARED = 8
 _MOST_BEYOND = 0.95
+_WIDEST = 5.0
+"""Sigma of a log-normal: far beyond what steps vary by, and far below what overflows."""
 
 Kind = Literal["none", "lognormal", "exponential"]
 
@@ -106,10 +108,11 @@ def parse_stragglers(text: str) -> Stragglers:
         spread = float(spread_text)
     except ValueError:
         spread = math.nan
-    if name == "lognormal" and 0 <= spread < math.inf:
+    if name == "lognormal" and 0 <= spread <= _WIDEST:
         return Stragglers("lognormal", spread)
     if name == "exponential" and 0 <= spread <= 1:
         return Stragglers("exponential", spread)
     raise argparse.ArgumentTypeError(
-        f"{text!r} is not none, lognormal:SIGMA with SIGMA of at least 0, or exponential:SHARE with SHARE from 0 to 1"
+        f"{text!r} is not none, lognormal:SIGMA with SIGMA from 0 to {_WIDEST:g}, or exponential:SHARE with SHARE from "
+        f"0 to 1"
     )

@@ -66,8 +66,7 @@ def prediction_tables(rows: Sequence[Row], profile: Profile) -> str:
             f"simulated: {model}, {plan}, {scaling} scaling ({batch}), stragglers {mine[0]['stragglers']}\n\n"
             f"{format_table(header, [_prediction_line(row, to_target) for row in mine], 0)}"
         )
-    if any(row.get("steps_basis") == "at least" for row in rows):
-        parts.append("≥: no run tells the steps of this strategy; taken are those of synchronous SGD, the least")
+    parts += _notes(rows)
     if any(row["codec"] != "none" and row["codec_time"] == "assumed" for row in rows):
         parts.append("the codec's time is not measured but assumed")
     if any("target" in row for row in rows):
@@ -94,15 +93,38 @@ def _prediction_line(row: Row, to_target: bool) -> list[str]:
         return line
     if row.get("seconds_to_target") is None:
         return [*line, "∞", "∞", "0", "–", "–"]
-    least = "≥ " if row["steps_basis"] == "at least" else ""
+    assumed = _assumed(row)
     return [
         *line,
-        f"{least}{format_number(row['steps_to_target'])}",
-        f"{least}{format_number(row['seconds_to_target'])}",
-        f"{'≤ ' if least else ''}{format_number(row['speed_up_to_accuracy'])}",
+        f"{assumed}{format_number(row['steps_to_target'])}",
+        f"{assumed}{_seconds(row)}",
+        f"{assumed}{format_number(row['speed_up_to_accuracy'])}",
         format_number(row["hardware_efficiency"]),
         f"{row['statistical_efficiency']:.3f}",
     ]
+
+
+def _assumed(row: Row) -> str:
+    return ("* " if row["beyond_study"] else "") + ("≈ " if row["steps_basis"] == "assumed" else "")
+
+
+def _seconds(row: Row) -> str:
+    """Return the seconds to the target, with their range where a fit has one."""
+    if row["seconds_to_target"] is None:
+        return "∞"
+    low, high = row["seconds_to_target_range"]
+    told = format_number(row["seconds_to_target"])
+    return told if low == high else f"{told} [{format_number(low)}–{format_number(high)}]"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Return what the marks of a table mean, where it has them."""
+    notes = []
+    if any(row.get("steps_basis") == "assumed" for row in rows):
+        notes.append("≈: no run tells the steps of this method; assumed are those of synchronous SGD")
+    if any(row.get("beyond_study") for row in rows):
+        notes.append("*: smaller or larger than all batches of the study, whose curve is taken to go on")
+    return notes
 
 
 def _how(row: Row) -> str:
@@ -191,14 +213,14 @@ def advice_table(rows: Sequence[Row]) -> str:
             f"{row['global_batch']:,.0f}",
             row["plan"],
             format_number(row["bucket_mb"]),
-            f"{'≥ ' if row['steps_basis'] == 'at least' else ''}{format_number(row['seconds_to_target'])}",
-            format_number(row["rank_hours"]),
-            format_number(row["gigabytes_sent"]),
+            f"{_assumed(row)}{_seconds(row)}",
+            format_number(row.get("rank_hours")),
+            format_number(row.get("gigabytes_sent")),
             f"{row['accuracy_efficiency']:.0%}",
         ]
         for row in rows
     ]
-    reasons = "\n".join(f"- {reason}" for reason in rows[0]["reasons"])
+    reasons = "\n".join(f"- {reason}" for reason in [*rows[0]["reasons"], *_notes(rows)])
     first = rows[0]
     return (
         f"SIMULATED: {first['model']}, {first['network']}; target: {first['target']}\n\n"

@@ -58,12 +58,14 @@ def main(arguments: Sequence[str]) -> int:
         return 0
 
     def run(topology: Topology, options: argparse.Namespace) -> None:
-        profile, measured, own = _measure(topology, options)
+        cores = cores_in_all(topology)
+        topology.agree(lambda: _check_ranks(topology.size, cores, options) if topology.rank == 0 else None)
+        profile, measured, own = _measure(topology, cores, options)
         if options.to_gbit is not None:
             profile = replace(profile, link=at_rate(profile.link, options.from_gbit, options.to_gbit))
 
         def conclude() -> None:
-            rows = predicted_rows(profile, own, measured, options.fit, topology.nodes, _network_label(options))
+            rows = predicted_rows(profile, own, measured, options.fit, topology.nodes, _network_label(options), cores)
             print(f"{profile_table(profile)}\n")
             _report(rows, profile.rows(), options, arguments)
 
@@ -79,20 +81,19 @@ def predicted_rows(
     fit: Sequence[str],
     hosts: int,
     network: str,
+    cores: int,
 ) -> list[Row]:
     """Return a row for each held-out workload of `measured` (all but `fit`) and kind of computing.
 
-    `own` are measurements of held-out workloads themselves. Workloads of `fit` that are in `measured` give the factor
-    of sharing cores.
+    `own` are measurements of held-out workloads themselves. Where steps were measured with more ranks than `cores`,
+    workloads of `fit` that are in `measured` give the factor of sharing cores.
     """
     ranks = next(iter(measured.values())).ranks
-    crowded = ranks > profile.cores
+    crowded = ranks > cores
     factor = None
     if crowded:
         known = {each.workload: each for each in profile.computes}
         learnt = [name for name in measured if name in fit and name in known]
-        if not learnt:
-            raise ConfigError("--fit: more ranks than cores need workloads of the profile to measure their factor with")
         factor = statistics.median(
             measured[name].median_seconds / predicted_step(profile, known[name], ranks, hosts) for name in learnt
         )
@@ -154,14 +155,33 @@ def at_rate(link: LinkBySize, from_gbit: float, to_gbit: float) -> LinkBySize:
     return LinkBySize(link.limits_bytes, costs)
 
 
+def _check_ranks(ranks: int, cores: int, options: argparse.Namespace) -> None:
+    profile: Profile | None = options.given
+    if profile is None:
+        if ranks > cores:
+            raise ConfigError("--profile: more ranks than cores are predicted from a profile of fewer ranks")
+        return
+    if ranks > cores and not options.fit:
+        raise ConfigError(
+            "--hold-out: more ranks than cores need other workloads of the profile to learn a factor from"
+        )
+    if ranks == profile.ranks and options.to_gbit is None:
+        # Prices of handing over, and stragglers, were fitted to the very steps.
+        seen = {each.workload for each in profile.computes}
+        for name in options.hold_out:
+            if name in seen:
+                raise ConfigError(
+                    f"--hold-out: {name} is in the profile, of {ranks} ranks too, and nothing would be held out; "
+                    f"choose other workloads, or start another number of ranks"
+                )
+
+
 def _measure(
-    topology: Topology, options: argparse.Namespace
+    topology: Topology, cores: int, options: argparse.Namespace
 ) -> tuple[Profile, dict[str, Measured], dict[str, Compute]]:
     torch.set_num_threads(1)
     profile: Profile | None = options.given
-    crowded = topology.size > cores_in_all(topology)
-    if crowded and profile is None:
-        raise ConfigError("--profile: more ranks than cores are predicted from a profile of fewer ranks")
+    crowded = topology.size > cores
     communication = CommunicationOptions("mpi", timeout_seconds=options.timeout_seconds)
     comm = connect(topology, torch.device("cpu"), communication)
     computed = (*options.fit, *options.hold_out) if profile is None else ()
@@ -179,7 +199,7 @@ def _measure(
     comm.close()
     if profile is None:
         rounds = 3 * options.rounds
-        prices = measure_network(topology, options.algorithms, options.sizes, rounds, options.timeout_seconds)
+        prices = measure_network(topology, cores, options.algorithms, options.sizes, rounds, options.timeout_seconds)
         factors = [factor for name in options.fit for factor in own[name][1]]
         fitted = [own[name][0] for name in options.fit]
         profile = profile_of(topology, fitted, factors, prices, hook_seconds, measured)

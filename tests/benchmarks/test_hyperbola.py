@@ -151,6 +151,7 @@ def test_the_points_of_a_study_are_its_measured_runs_of_synchronous_sgd() -> Non
             run_of(99.0, phase="tuning"),
             run_of(99.0, strategy="local"),
             run_of(99.0, compression="sign"),
+            run_of(99.0, flags=(("momentum", 0.5),)),
             run_of(99.0, contender="torch_ddp_gloo"),
         ),
     )

@@ -11,11 +11,13 @@ import pytest
 
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.schedules import cost
+from allreduce_sgd.schedules.catalogue import ALL_REDUCE
 from allreduce_sgd.schedules.cost import LinkCost
 from allreduce_sgd.schedules.simulate import LinkBySize, Network
+from benchmarks.hyperbola import fit_hyperbola
 from benchmarks.overlap import Parts, overlap_bound
 from benchmarks.scaling import reductions as reductions_module
-from benchmarks.scaling.accuracy import Accuracy
+from benchmarks.scaling.accuracy import SYNCHRONOUS, Accuracy, Method
 from benchmarks.scaling.compute import compute_at, compute_like, workload
 from benchmarks.scaling.handling import Handling, fit_handling
 from benchmarks.scaling.prediction_rows import Predictor
@@ -168,10 +170,10 @@ def test_steps_that_are_all_alike_have_no_stragglers() -> None:
     assert fit_stragglers([1.0]) == NO_STRAGGLERS
 
 
-@pytest.mark.parametrize("name", ["ring", "segmented-ring", "chain"])
+@pytest.mark.parametrize("name", ALL_REDUCE)
 def test_beyond_the_budget_closed_forms_continue_the_simulation(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     inside, between = LinkCost(2e-6, 1e-10, 1e-10), LinkCost(30e-6, 1e-9, 1e-10)
-    n_bytes = 32 << 20
+    n_bytes, around = 32 << 20, ("ring", "segmented-ring", "chain")
     for network in (Network(LINK), Network(inside, between, 4), Network(inside, between, 4, 2, "round_robin")):
         simulated = Reductions(network, name).all_reduce(16, n_bytes)
         assert simulated.method == "simulated"
@@ -179,8 +181,9 @@ def test_beyond_the_budget_closed_forms_continue_the_simulation(name: str, monke
         closed = Reductions(network, name).all_reduce(16, n_bytes)
         monkeypatch.undo()
         assert closed.method == "closed form"
-        # At the slowest price for every hop the closed form may be too long, never much too short.
-        longest = 1.02 if network.ranks_per_node is None else 1.35
+        # At the slowest price for every hop the closed form may be too long, never much too short; the longest where
+        # it has all ranks of a node share an interface in all rounds, which they do in some.
+        longest = 1.02 if network.ranks_per_node is None else 1.35 if name in around else 5
         assert 0.98 < closed.seconds / simulated.seconds < longest
 
 
@@ -278,14 +281,47 @@ def test_strong_scaling_keeps_the_batch_and_leaves_out_ranks_without_a_sample() 
     assert "seconds_to_target" not in rows[0]
 
 
-def test_measured_steps_count_before_the_hyperbola_and_misses_are_infinite() -> None:
-    known = {("local", 8, 4, 128): 777.0, ("sync", 1, 8, 256): math.inf}
+def test_measured_steps_of_another_method_count_and_misses_are_infinite() -> None:
+    known = {(Method("local", 8), 4, 128): 777.0, (Method("local", 8), 8, 256): math.inf}
     accuracy = Accuracy(100, 256, "given", known)
-    assert accuracy.steps("local", 8, 4, 128).count == 777
-    assert accuracy.steps("local", 4, 4, 128).basis == "at least"
-    row = a_predictor(accuracy).row(8, 32, Plan(), 32)
+    assert accuracy.steps(Method("local", 8), 4, 128).count == 777
+    assert accuracy.steps(Method("local", 4), 4, 128).basis == "assumed"
+    assert accuracy.steps(Method("local", 8, codec="sign"), 4, 128).basis == "assumed"
+    assert accuracy.steps(Method(codec="sign"), 4, 128).basis == "assumed"
+    row = a_predictor(accuracy).row(8, 32, Plan("local", 8), 32)
     assert row["seconds_to_target"] is None
     assert row["steps_basis"] == "measured"
+
+
+def test_ranks_and_the_one_rank_they_are_compared_with_stand_on_one_curve() -> None:
+    # A lucky median of a few runs, beside a curve for one rank, would be taken for a speed-up.
+    lucky = {(SYNCHRONOUS, 2, 256): 100.0}
+    rows = [a_predictor(Accuracy(100, 256, "given", known), FREE).row(2, 128, Plan(), 256) for known in ({}, lucky)]
+    assert rows[0]["steps_to_target"] == rows[1]["steps_to_target"] == 200
+    predictor = a_predictor(Accuracy(100, 256, "given", lucky))
+    baseline = predictor.baseline()
+    assert baseline is not None
+    alone = predictor.row(1, baseline.batch_size, Plan(), baseline.batch_size)
+    assert alone["speed_up_to_accuracy"] == pytest.approx(1)
+    assert alone["statistical_efficiency"] == pytest.approx(1)
+
+
+def test_what_a_fit_leaves_open_comes_with_the_steps() -> None:
+    generator = np.random.default_rng(0)
+    points = [
+        (batch, 100 * (1 + 256 / batch) * float(np.exp(0.1 * generator.standard_normal())))
+        for batch in (32, 128, 512)
+        for _ in range(5)
+    ]
+    fit = fit_hyperbola(points)
+    accuracy = Accuracy(fit.s_min, fit.b_crit, "fitted", fit=fit)
+    within, beyond = (accuracy.steps(SYNCHRONOUS, 2, batch) for batch in (128, 4096))
+    assert within.low < within.count < within.high
+    assert (within.beyond, beyond.beyond) == (False, True)
+    row = a_predictor(accuracy).row(2, 2048, Plan(), 4096)
+    low, high = row["seconds_to_target_range"]
+    assert low < row["seconds_to_target"] < high
+    assert row["beyond_study"]
 
 
 def test_16384_ranks_are_predicted() -> None:

@@ -1,6 +1,8 @@
 """The program: its modes end to end, what they print and write, and what they refuse."""
 
 import json
+import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 from allreduce_sgd.schedules.cost import LinkCost
 from allreduce_sgd.schedules.simulate import LinkBySize, Network
 from benchmarks.scaling.__main__ import main
+from benchmarks.scaling.accuracy import Method, from_study
 from benchmarks.scaling.figures import draw
 from benchmarks.scaling.presets import PRESETS
 from benchmarks.scaling.profile import Compute, Profile
@@ -57,7 +60,7 @@ def test_predict_prints_writes_and_draws(
     assert run("predict", profile_file, *flags, "--json", str(record), "--figures", str(figures)) == 0
     printed = capsys.readouterr().out
     assert "SIMULATED" in printed
-    assert "≥" in printed
+    assert "≈" in printed
     rows = json.loads(record.read_text())["rows"]
     assert {(row["strategy"], row["scaling"], row["ranks"]) for row in rows} == {
         (strategy, scaling, ranks)
@@ -88,23 +91,83 @@ def test_advice_keeps_to_the_efficiency_and_tells_what_others_cost(
     assert all(fewest["rank_hours"] <= row["rank_hours"] for row in others if row["strategy"] == "sync")
 
 
-def test_a_study_gives_the_steps(profile_file: Path, tmp_path: Path) -> None:
-    def a_run(strategy: str, ranks: int, batch: int, steps: float, seed: int) -> Run:
-        cell = Cell("a cell", "allreduce_sgd", strategy, ranks, 1, batch, flags=(("period", 8),))
-        end = Evaluation(int(steps), int(batch * steps), 1.0, 1.0, None, 0.9, None)
-        spent = (1.0, 1.0, batch * steps, steps, None)
-        return Run(cell, "measured", 0.1, seed, True, *spent, 1.0, None, None, 1.0, None, "runs/one", (end,))
+def a_run(strategy: str, ranks: int, batch: int, steps: float, seed: int, **flags: Any) -> Run:
+    cell = Cell("a cell", "allreduce_sgd", strategy, ranks, 1, batch, flags=tuple(flags.items()))
+    reached = not math.isinf(steps)
+    end = Evaluation(1000, 1000 * batch, 1.0, 1.0, None, 0.9, None)
+    spent = 1.0 if reached else math.inf
+    return Run(
+        cell,
+        "measured",
+        0.1,
+        seed,
+        reached,
+        seconds=spent,
+        wall_seconds=spent,
+        samples=batch * steps,
+        steps=steps,
+        bytes=None,
+        samples_per_second=1.0,
+        communication_seconds=None,
+        exposed_communication_seconds=None,
+        train_seconds=1.0,
+        noise_scale=None,
+        folder="runs/one",
+        evaluations=(end,),
+    )
 
+
+def a_study(file: Path, *others: Run, model: str = "mlp") -> Path:
+    """Write a study whose synchronous runs lie on the curve S_min = 100, B_crit = 256."""
     runs = [a_run("sync", 2, batch, 100 * (1 + 256 / batch), seed) for batch in (16, 64, 256) for seed in (0, 1)]
-    runs += [a_run("local", 2, 128, 1234.0, 0)]
-    file, record = tmp_path / "results.jsonl", tmp_path / "record.json"
-    write_study(file, {"spec": {"name": "made up", "target_accuracy": 0.9}}, runs)
-    flags = ["--ranks", "2,4", "--strategies", "sync,local", "--workloads", "mlp512-b64", "--study", str(file)]
+    write_study(file, {"spec": {"name": "made up", "target_accuracy": 0.9, "model": model}}, [*runs, *others])
+    return file
+
+
+def test_a_study_gives_the_steps(profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [a_run("local", 2, 128, 1234.0, 0), a_run("local", 8, 512, 50.0, 0, inner_state="average")]
+    file, record = a_study(tmp_path / "results.jsonl", *others), tmp_path / "record.json"
+    flags = ["--ranks", "2,4,8", "--strategies", "sync,local", "--workloads", "mlp512-b64", "--study", str(file)]
     assert run("predict", profile_file, *flags, "--json", str(record)) == 0
     found = {(row["strategy"], row["ranks"]): row for row in json.loads(record.read_text())["rows"]}
     assert found["sync", 4]["steps_to_target"] == pytest.approx(200, rel=1e-3)
+    # The period that local SGD has where nothing is said.
     assert (found["local", 2]["steps_to_target"], found["local", 2]["steps_basis"]) == (1234, "measured")
-    assert found["local", 4]["steps_basis"] == "at least"
+    # Another inner state is another method.
+    assert found["local", 8]["steps_basis"] == found["local", 4]["steps_basis"] == "assumed"
+    assert [found["sync", ranks]["beyond_study"] for ranks in (2, 4, 8)] == [False, False, True]
+    printed = capsys.readouterr().out
+    assert "≈: no run tells" in printed
+    assert "*: smaller or larger than all batches of the study" in printed
+    assert "6 runs, 0 more missed it, batches 16 to 256" in printed
+
+
+def test_another_delay_or_most_runs_missed_is_not_taken_for_steps(tmp_path: Path) -> None:
+    late = [a_run("delayed", 2, 64, 300.0, 0, delay=4)]
+    local = [a_run("local", 2, 64, steps, seed) for seed, steps in enumerate((200.0, 210.0, math.inf, math.inf))]
+    accuracy = from_study("--study", a_study(tmp_path / "results.jsonl", *late, *local))
+    assert accuracy.steps(Method("delayed", 1, 1), 2, 64).basis == "assumed"
+    assert accuracy.steps(Method("delayed", 1, 4), 2, 64).count == 300
+    assert math.isinf(accuracy.steps(Method("local", 8), 2, 64).count)
+
+
+def test_advice_shows_what_missed_the_target(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missed = [a_run(name, 2, 64, math.inf, seed) for name in ("local", "delayed") for seed in range(3)]
+    file = a_study(tmp_path / "results.jsonl", *missed)
+    flags = ["--ranks", "2", "--global-batches", "64", "--study", str(file), "--workload", "mlp512-b64"]
+    assert run("advise", profile_file, *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("local") and "∞" in line for line in lines)
+
+
+def test_a_study_of_another_model_is_refused(
+    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = a_study(tmp_path / "results.jsonl", model="mlp")
+    assert run("advise", profile_file, "--workload", "cnn-b64", "--study", str(file)) == 2
+    assert "--workload cnn-b64: the study trained another model, mlp" in capsys.readouterr().err
 
 
 def a_measurement(name: str, ranks: int, seconds: float) -> Measured:
@@ -118,7 +181,7 @@ def test_validation_predicts_what_the_model_itself_would_measure() -> None:
     seconds = step_time(truth, 2, network, Plan()).seconds
     measured = {"mlp512-b32": a_measurement("mlp512-b32", 2, seconds)}
     fit = ("mlp512-b16", "mlp512-b64")
-    rows = predicted_rows(profile, {"mlp512-b32": truth}, measured, fit, 2, "here")
+    rows = predicted_rows(profile, {"mlp512-b32": truth}, measured, fit, 2, "here", 4)
     assert {row["computing"]: row["error"] for row in rows} == {
         "modelled": pytest.approx(0, abs=0.02),
         "measured": pytest.approx(0, abs=1e-9),
@@ -134,7 +197,7 @@ def test_more_ranks_than_cores_get_a_factor_from_other_workloads() -> None:
         name: a_measurement(name, 8, 3 * step_time(compute, 8, network, Plan()).seconds)
         for name, compute in names.items()
     }
-    (row,) = predicted_rows(profile, {}, measured, ("mlp512-b16", "mlp512-b64"), 2, "here")
+    (row,) = predicted_rows(profile, {}, measured, ("mlp512-b16", "mlp512-b64"), 2, "here", 4)
     assert row["workload"] == "mlp512-b32"
     assert row["oversubscription"] == pytest.approx(3)
     assert row["error"] == pytest.approx(0, abs=0.02)
@@ -180,7 +243,7 @@ def test_every_preset_has_a_source(capsys: pytest.CaptureFixture[str]) -> None:
 def test_validation_and_published_figures_are_drawn(tmp_path: Path) -> None:
     fit = ("mlp512-b16", "mlp512-b64")
     measured = {"mlp512-b32": a_measurement("mlp512-b32", 2, 0.01)}
-    rows = predicted_rows(a_profile(), {}, measured, fit, 2, "here")
+    rows = predicted_rows(a_profile(), {}, measured, fit, 2, "here", 4)
     drawn = draw([*rows, *published_rows(CASES[:1]), {"kind": "unknown"}], tmp_path)
     assert [path.name for path, _ in drawn] == ["scaling_validation.png", "scaling_published.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") and caption for path, caption in drawn)
@@ -199,6 +262,7 @@ def test_validation_and_published_figures_are_drawn(tmp_path: Path) -> None:
         (["predict", "--profile", "PROFILE", "--nics-per-node", "2"], "--nics-per-node: there are no nodes"),
         (["predict", "--profile", "PROFILE", "--stragglers", "normal:1"], "--stragglers: 'normal:1' is not"),
         (["predict", "--profile", "PROFILE", "--stragglers", "exponential:2"], "--stragglers"),
+        (["predict", "--profile", "PROFILE", "--stragglers", "lognormal:30"], "SIGMA from 0 to 5"),
         (["predict", "--profile", "PROFILE", "--s-min", "10"], "--s-min, --b-crit: one needs the other"),
         (["predict", "--profile", "PROFILE", *GIVEN], "--workloads: a target is that of one model"),
         (["predict", "--profile", "PROFILE", "--workloads", "vgg"], "--workloads: unknown value 'vgg'"),
@@ -231,6 +295,13 @@ def test_bad_arguments_are_one_line_and_status_2(
     assert named in captured.err
 
 
+def test_more_ranks_than_cores_are_not_measured_as_if_each_had_one() -> None:
+    ranks = len(os.sched_getaffinity(0)) + 1
+    finished = mpirun(ranks, ["-m", "benchmarks.scaling", "measure"])
+    assert finished.status == 2
+    assert finished.errors.count("scaling: error: mpirun -np") == 1
+
+
 def test_two_ranks_measure_and_validate(tmp_path: Path) -> None:
     file = tmp_path / "record.json"
     flags = "--fit mlp64-b8,mlp64-b32 --hold-out mlp64-b16 --steps 2 --rounds 1 --algorithms ring --sizes 4K,16K,64K"
@@ -246,5 +317,8 @@ def test_two_ranks_measure_and_validate(tmp_path: Path) -> None:
     for each in profile.computes:
         assert 0 < min(each.arrival_seconds) <= max(each.arrival_seconds) <= each.backward_seconds
         assert sum(asdict(each)["parameter_bytes"]) == 4 * (784 * 64 + 64 + 64 * 64 + 64 + 64 * 10 + 10)
+    again = mpirun(2, ["-m", "benchmarks.scaling", "validate", "--profile", str(file), "--hold-out", "mlp64-b8"])
+    assert again.status == 2
+    assert again.errors.count("scaling: error: --hold-out: mlp64-b8 is in the profile") == 1
     # What was measured is what more ranks are predicted from.
     assert run("predict", file, "--ranks", "2,256", "--network", "measured") == 0
