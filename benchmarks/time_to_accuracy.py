@@ -15,15 +15,14 @@ medians over seeds with [minimum–maximum], where a run that misses the target 
 `speedup.py`. Two clocks: training seconds, which leave evaluation out, and wall seconds since the trainer was built,
 which include it; neither has the start of Python or of MPI.
 
-A line of OUTPUT/results.jsonl is written after every run, whose folder is in OUTPUT/runs. A study that was ended goes
-on where it stopped when it is started again: finished runs are read, not repeated.
+OUTPUT/results.jsonl gets a line for every run, whose folder is in OUTPUT/runs. A study that was ended goes on where it
+stopped when it is started again: finished runs are read, not repeated, and keep the commit that made them.
 """
 
 import argparse
 import dataclasses
 import math
 import os
-import signal
 import statistics
 import sys
 import time
@@ -32,21 +31,21 @@ from pathlib import Path
 from typing import Any
 
 from allreduce_sgd.errors import ConfigError, counted
-from allreduce_sgd.failure import INTERRUPTED
 from allreduce_sgd.topology import announced_size, launcher_rank
 from benchmarks.arguments import Parser, check_writable, fraction, positive_int
+from benchmarks.interrupts import ended_in_order
 from benchmarks.record import provenance, write_record
 from benchmarks.runs import RunFailed, find_mpirun
 from benchmarks.study.cells import all_cells, check_cells, rates_of
 from benchmarks.study.progress import Progress
-from benchmarks.study.results import Cell, Phase, Run, append_run, fields_of, write_study
+from benchmarks.study.results import Cell, Phase, ResultsFile, Run, fields_of
 from benchmarks.study.spec import Spec, read_spec, shipped
 from benchmarks.study.tables import tables
-from benchmarks.study.training import RUNS, is_finished, run_cell
+from benchmarks.study.training import RUNS, check_finished, is_finished, run_cell
 from benchmarks.study.tuning import FIRST_TUNING_SEED, choices
 from benchmarks.table import format_table
 
-__all__ = ["main", "row", "run"]
+__all__ = ["main", "row"]
 
 _EPILOG = """\
 A spec is a TOML file. Its keys, with [...] for what may be left out:
@@ -62,7 +61,8 @@ A spec is a TOML file. Its keys, with [...] for what may be left out:
   [tuning]       lr = [...], ascending: every cell tries each in as many runs, and takes the one that needs
                  fewest samples to the target
                  [scaling = "none", batch_size = B]   "linear" or "sqrt": lr is for updates made from B samples
-                                                      (hogwild's from each rank's part of the mini-batch)
+                                                      (of one rank's part of the mini-batch in hogwild,
+                                                      server-async and server-staleness)
                  [seeds = 1]                          runs of each cell with each rate
   [grid]         ranks = [...], strategies = [...], global_batch_sizes = [...], [algorithms], [compressions],
                  [networks = ["none"]]: every combination is a cell. A strategy is a name, or
@@ -73,16 +73,6 @@ A spec is a TOML file. Its keys, with [...] for what may be left out:
                                                       mini-batches (and ranks and networks)
 
 Exit status: 0 done, 1 a run failed, 2 bad arguments or a bad spec."""
-
-
-def run() -> int:
-    """Run the command line, and return the exit status."""
-    # Ended by a scheduler or a time limit, it must end its ranks, as it does when interrupted by a person.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    try:
-        return main(sys.argv[1:])
-    except KeyboardInterrupt:
-        return INTERRUPTED
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -174,14 +164,17 @@ def _run_all(
 ) -> list[Run]:
     """Run the study, and return its runs. The file of results has them all at any time."""
     tuning = _tuning(spec, cells)
+    seeds = range(0 if tune_only else spec.seeds)
+    measured = [(cell, lr, seed) for cell in cells for lr in rates_of(spec, cell) for seed in seeds]
+    for each in (*tuning, *measured):
+        check_finished(spec, output, *each)
+    everything = all_cells(spec, len(os.sched_getaffinity(0)))
     try:
         (output / RUNS).mkdir(parents=True, exist_ok=True)
-        results = output / "results.jsonl"
-        write_study(results, {**head, "spec": dataclasses.asdict(spec)}, [])
+        results = ResultsFile(output / "results.jsonl", {**head, "spec": dataclasses.asdict(spec)}, everything)
     except OSError as problem:
         raise ConfigError(f"--output {output}: cannot write there: {problem.strerror}") from problem
     runs: list[Run] = []
-    seeds = range(0 if tune_only else spec.seeds)
     with Progress([*(cell for cell, _, _ in tuning), *(cell for cell in cells for _ in seeds)]) as progress:
 
         def take(todo: Iterable[tuple[Cell, float, int]], phase: Phase) -> None:
@@ -189,8 +182,8 @@ def _run_all(
                 progress.starts(cell, lr, seed)
                 there = is_finished(output, cell, lr, seed)
                 began = time.monotonic()
-                runs.append(run_cell(spec, output, data_dir, cell, phase, lr, seed))
-                append_run(results, runs[-1])
+                runs.append(run_cell(spec, output, data_dir, cell, phase, lr, seed, head))
+                results.add(runs[-1])
                 progress.ended(cell, None if there else time.monotonic() - began)
 
         take(tuning, "tuning")
@@ -254,4 +247,5 @@ def _add_override(add: Callable[..., Any], flag: str, what: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run())
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

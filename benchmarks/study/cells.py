@@ -23,6 +23,8 @@ TORCH = "torch_ddp_gloo"
 _MOMENTUM = 0.9
 # Measurements of the gradient noise scale between two evaluations, at most one per step.
 _NOISE_SCALES = 16
+# The methods in which ranks update by themselves, and how many ranks serve where the flags do not say.
+_SERVERS_OF_LONE = {"hogwild": 0, "server-async": 1, "server-staleness": 1}
 # The others say how ours exchanges gradients.
 _OF_ALL_CONTENDERS = frozenset(
     each.name for each in options() if each.group in ("data", "model", "training", "optimizer")
@@ -75,10 +77,15 @@ def check_cells(source: str, spec: Spec, cells: Sequence[Cell]) -> None:
 def rates_of(spec: Spec, cell: Cell) -> tuple[float, ...]:
     """Return the rates that a cell chooses from, scaled by the samples that one update of its parameters is made from.
 
-    That is the mini-batch, except where every rank's gradient is an update by itself.
+    That is the mini-batch, except where every rank's gradient is an update by itself, or with --softsync so many are.
     """
-    updates = cell.ranks if cell.strategy == "hogwild" else 1
-    return spec.tuning.rates(cell.global_batch_size // updates)
+    if cell.strategy not in _SERVERS_OF_LONE:
+        return spec.tuning.rates(cell.global_batch_size)
+    flags = dict(cell.flags)
+    # The trainer refuses a job without any.
+    workers = max(1, cell.ranks - int(flags.get("servers", _SERVERS_OF_LONE[cell.strategy])))
+    gradients = max(1, workers // int(flags.get("softsync", workers)))
+    return spec.tuning.rates(max(1, cell.global_batch_size * gradients // workers))
 
 
 def flags_of(spec: Spec, cell: Cell, lr: float, seed: int) -> dict[str, str | int | float | bool]:

@@ -5,7 +5,7 @@ not come to, because it missed the target, are null in the file and infinite her
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import inf, isinf
 from pathlib import Path
@@ -16,7 +16,7 @@ from allreduce_sgd.durable import replace_file
 from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.user_code import describe
 
-__all__ = ["Cell", "Evaluation", "Phase", "Run", "Study", "append_run", "fields_of", "read_study", "write_study"]
+__all__ = ["Cell", "Evaluation", "Phase", "ResultsFile", "Run", "Study", "fields_of", "read_study", "write_study"]
 
 T = TypeVar("T")
 Phase = Literal["tuning", "measured"]
@@ -61,7 +61,8 @@ class Run:
     """A training. What it took to reach the target (`seconds` to `bytes`) is infinite where it was not reached.
 
     `seconds` leave evaluation out, `wall_seconds` do not. `samples_per_second` and the two shares of communication
-    are those of the whole run. `folder` is relative to the results' file; `noise_scale` is None unless measured.
+    are those of the whole run. `folder` is relative to the results' file; `noise_scale` is None unless measured;
+    `commit` is that of the code which ran it, None where nobody noted it.
     """
 
     cell: Cell
@@ -81,6 +82,7 @@ class Run:
     noise_scale: float | None
     folder: str
     evaluations: tuple[Evaluation, ...]
+    commit: str | None = None
 
     @property
     def final_accuracy(self) -> float:
@@ -149,12 +151,6 @@ def write_study(path: Path, head: Mapping[str, Any], runs: Iterable[Run]) -> Non
     replace_file(path, "".join(f"{json.dumps(line, allow_nan=False)}\n" for line in lines))
 
 
-def append_run(path: Path, run: Run) -> None:
-    """Add a run to the file."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(f"{json.dumps(fields_of(run), allow_nan=False)}\n")
-
-
 def read_study(path: Path) -> Study:
     """Read a file of results. Raises ConfigError where it is not one."""
     try:
@@ -165,3 +161,37 @@ def read_study(path: Path) -> Study:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         raise ConfigError(f"{path}: not the results of a study: {describe(problem)}") from problem
     return study
+
+
+class ResultsFile:
+    """The results of a study under way: the file has, at any time, all runs of this call and of earlier ones.
+
+    Earlier runs stay until they are added anew, as long as they are of one of `cells`; measured ones of another rate
+    than the cell has now are dropped, as two of a seed would count twice. Raises OSError where it cannot be written.
+    """
+
+    def __init__(self, path: Path, head: Mapping[str, Any], cells: Collection[Cell]) -> None:
+        self._path = path
+        self._head = head
+        self._runs: list[Run] = []
+        try:
+            earlier = read_study(path).runs
+        except ConfigError:
+            earlier = ()
+        self._earlier = [run for run in earlier if run.cell in cells]
+        self._write()
+
+    def add(self, run: Run) -> None:
+        """Write the file anew, with this run in it."""
+        self._runs.append(run)
+        rates = {each.cell: each.lr for each in self._runs if each.phase == "measured"}
+        added = {each.folder for each in self._runs}
+        self._earlier = [
+            each
+            for each in self._earlier
+            if each.folder not in added and (each.phase == "tuning" or rates.get(each.cell, each.lr) == each.lr)
+        ]
+        self._write()
+
+    def _write(self) -> None:
+        write_study(self._path, self._head, [*self._runs, *self._earlier])

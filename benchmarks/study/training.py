@@ -6,6 +6,7 @@ it stopped; what an interrupted run left behind is dropped.
 
 import json
 import shutil
+from collections.abc import Mapping
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from benchmarks.study.cells import TORCH, flags_of, folder_name
 from benchmarks.study.results import Cell, Evaluation, Phase, Run
 from benchmarks.study.spec import Spec
 
-__all__ = ["RUNS", "is_finished", "read_run", "run_cell"]
+__all__ = ["RUNS", "check_finished", "is_finished", "read_run", "run_cell"]
 
 RUNS = "runs"
 """The folder of the runs within that of the study."""
+_PROVENANCE = "provenance.json"
 
 
 def is_finished(output: Path, cell: Cell, lr: float, seed: int) -> bool:
@@ -27,14 +29,31 @@ def is_finished(output: Path, cell: Cell, lr: float, seed: int) -> bool:
     return (output / RUNS / folder_name(cell, lr, seed)).exists()
 
 
-def run_cell(spec: Spec, output: Path, data_dir: Path | None, cell: Cell, phase: Phase, lr: float, seed: int) -> Run:
-    """Train, unless a finished run is there. Raises RunFailed, and ConfigError where the run refuses its flags."""
+def check_finished(spec: Spec, output: Path, cell: Cell, lr: float, seed: int) -> None:
+    """Raise ConfigError where the run stands there, but was made with other flags."""
+    if is_finished(output, cell, lr, seed):
+        check_same(output / RUNS / folder_name(cell, lr, seed), flags_of(spec, cell, lr, seed))
+
+
+def run_cell(
+    spec: Spec,
+    output: Path,
+    data_dir: Path | None,
+    cell: Cell,
+    phase: Phase,
+    lr: float,
+    seed: int,
+    provenance: Mapping[str, Any],
+) -> Run:
+    """Train, unless a finished run is there. Raises RunFailed, and ConfigError where the run refuses its flags.
+
+    `provenance`, what trains now and where, is kept beside a run that is made.
+    """
     name = f"{RUNS}/{folder_name(cell, lr, seed)}"
     flags = flags_of(spec, cell, lr, seed)
     folder = output / name
-    if folder.exists():
-        check_same(folder, flags)
-    else:
+    check_finished(spec, output, cell, lr, seed)
+    if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
         places = {"output": str(unfinished), **({} if data_dir is None else {"data-dir": str(data_dir)})}
@@ -43,6 +62,7 @@ def run_cell(spec: Spec, output: Path, data_dir: Path | None, cell: Cell, phase:
         train(cell.ranks, {**flags, **places}, spec.timeout_seconds, program, rate)
         # Nobody goes on from them, and those of hundreds of runs fill a disk.
         shutil.rmtree(unfinished / "checkpoints", ignore_errors=True)
+        (unfinished / _PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
         unfinished.rename(folder)
     return read_run(output, name, cell, phase, lr, seed, spec.target_accuracy)
 
@@ -72,7 +92,16 @@ def read_run(output: Path, name: str, cell: Cell, phase: Phase, lr: float, seed:
         noise_scale=summary.get("noise_scale"),
         folder=name,
         evaluations=evaluations,
+        commit=_commit(output / name),
     )
+
+
+def _commit(folder: Path) -> str | None:
+    try:
+        commit: str | None = json.loads((folder / _PROVENANCE).read_text(encoding="utf-8"))["commit"]
+    except FileNotFoundError:
+        return None
+    return commit
 
 
 def _evaluations(folder: Path) -> tuple[Evaluation, ...]:

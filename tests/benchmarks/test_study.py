@@ -9,7 +9,7 @@ import pytest
 from allreduce_sgd.errors import ConfigError
 from benchmarks.study.cells import all_cells, check_cells, flags_of, folder_name, rates_of
 from benchmarks.study.progress import Progress
-from benchmarks.study.results import Cell, Run, append_run, read_study, write_study
+from benchmarks.study.results import Cell, ResultsFile, Run, read_study, write_study
 from benchmarks.study.spec import Spec, read_spec, shipped
 from benchmarks.study.tables import tables
 from benchmarks.study.tuning import choices
@@ -133,12 +133,18 @@ def test_all_cells_choose_from_as_many_rates(tmp_path: Path) -> None:
 
 
 def test_rates_are_for_the_samples_that_an_update_is_made_from(tmp_path: Path) -> None:
-    grid = '[grid]\nranks = [2, 4]\nstrategies = ["sync", "hogwild"]\nglobal_batch_sizes = [64]\n'
+    softly = '{name = "server-staleness", label = "softsync", flags = {softsync = 1, servers = 2}}'
+    strategies = f'strategies = ["sync", "hogwild", "server-async", {softly}]'
+    grid = f"[grid]\nranks = [2, 4]\n{strategies}\nglobal_batch_sizes = [64]\n"
     spec = spec_of(tmp_path, TOP + TUNING + 'scaling = "linear"\nbatch_size = 32\n' + grid)
     rates = {(cell.strategy, cell.ranks): rates_of(spec, cell) for cell in all_cells(spec, 2)}
     assert rates["sync", 2] == rates["sync", 4] == (0.02, 0.2)
     assert rates["hogwild", 2] == (0.01, 0.1)
     assert rates["hogwild", 4] == (0.005, 0.05)
+    assert rates["server-async", 2] == (0.02, 0.2)
+    assert rates["server-async", 4] == pytest.approx((0.02 / 3, 0.2 / 3), rel=0.02)
+    # Both workers' gradients make one update.
+    assert rates["server-staleness", 4] == (0.02, 0.2)
 
 
 def test_the_rate_that_needs_fewest_samples_counts_and_else_the_most_accurate() -> None:
@@ -188,14 +194,35 @@ def test_results_are_read_as_they_were_written(tmp_path: Path) -> None:
     where = Cell("labelled", "allreduce_sgd", "local", 2, 1, 64, flags=(("period", 8), ("staleness-lr", False)))
     runs = (run(where, 2, 128), run(where, math.inf, math.inf, seed=1))
     file = tmp_path / "results.jsonl"
-    write_study(file, {"spec": {"name": "small", "target_accuracy": 0.9}}, runs[:1])
-    append_run(file, runs[1])
+    write_study(file, {"spec": {"name": "small", "target_accuracy": 0.9}}, runs)
     study = read_study(file)
     assert study.runs == runs
     assert (study.name, study.target_accuracy) == ("small", 0.9)
     file.write_text("{}\n")
     with pytest.raises(ConfigError, match="not the results of a study"):
         read_study(file)
+
+
+def test_a_study_that_goes_on_loses_no_run_of_before(tmp_path: Path) -> None:
+    here, other = (Cell(f"serial, batch {batch}", "serial", "sync", 1, 1, batch) for batch in (32, 64))
+    file, head = tmp_path / "results.jsonl", {"spec": {"name": "small", "target_accuracy": 0.9}}
+    before = [run(cell, 2, 128, seed=seed) for cell in (here, other) for seed in (0, 1)]
+    before = [replace(each, folder=f"runs/{place}", commit="old") for place, each in enumerate(before)]
+    first = ResultsFile(file, head, [here, other])
+    for each in before:
+        first.add(each)
+    second = ResultsFile(file, head, [here, other])
+    assert read_study(file).runs == tuple(before)
+    again = replace(before[1], commit="new")
+    second.add(again)
+    assert read_study(file).runs == (again, before[0], *before[2:])
+    # With another rate, what the cell measured before would count beside it.
+    better = replace(before[2], folder="runs/better", lr=0.9)
+    second.add(better)
+    assert read_study(file).runs == (again, better, before[0])
+    third = ResultsFile(file, head, [other])
+    third.add(before[3])
+    assert read_study(file).runs == (before[3],)
 
 
 def test_what_is_left_is_estimated_by_cell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,8 +175,25 @@ def test_runs_of_another_study_are_not_taken_for_its_own(
     assert main(arguments) == 0
     assert len(trained.started) == 3 + 3
     capsys.readouterr()
+    before = (tmp_path / "out" / "results.jsonl").read_text()
     assert main([*arguments, "--epochs", "3"]) == 2
     assert "has --epochs 2, not 3; name another folder" in capsys.readouterr().err
+    assert (tmp_path / "out" / "results.jsonl").read_text() == before
+
+
+def test_a_smaller_part_of_a_study_leaves_the_rest_in_the_file(
+    trained: FakeTraining, spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = [spec, "--output", str(tmp_path / "out"), "--only", "sync", "--tuning-seeds", "1"]
+    assert main(arguments) == 0
+    before = read_study(tmp_path / "out" / "results.jsonl")
+    monkeypatch.setattr("benchmarks.time_to_accuracy.provenance", lambda *_: {"commit": "another"})
+    assert main([*arguments, "--tune-only"]) == 0
+    assert main([*arguments, "--seeds", "1"]) == 0
+    after = read_study(tmp_path / "out" / "results.jsonl")
+    assert len(after.runs) == 3 + 3
+    assert {run.folder: run for run in after.runs} == {run.folder: run for run in before.runs}
+    assert {run.commit for run in after.runs} == {before.head["commit"]} != {"another"}
 
 
 def test_the_list_of_cells_runs_nothing(
