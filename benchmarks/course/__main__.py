@@ -20,7 +20,8 @@ from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_plotting, check_writable, fraction, positive_int, positive_ints
 from benchmarks.course.figures import FIGURES
-from benchmarks.course.runs import Course
+from benchmarks.course.runs import Course, Job
+from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
 from benchmarks.runs import RunFailed, find_mpirun
 from benchmarks.table import format_number, format_table
@@ -84,8 +85,14 @@ def _draw_all(figures: Sequence[str], course: Course, folder: Path) -> list[dict
             draw(found, folder / f"{name}.png")
             bar.clear()
             print(f"{found[0]['title']} ({folder / name}.png)\n{found[0]['note']}\n\n{table(found)}\n", flush=True)
-            rows += found
+            rows += [{**_trained(course, jobs[name]), **row} for row in found]
     return rows
+
+
+def _trained(course: Course, jobs: Sequence[Job]) -> dict[str, Any]:
+    """Return what rows tell of the network that was trained, nothing where there was none."""
+    flags = course.flags(jobs[0], 0) if jobs else {}
+    return {name: flags[name] for name in ("dataset", "model", "hidden") if name in flags}
 
 
 def _course(options: argparse.Namespace) -> Course:
@@ -148,4 +155,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

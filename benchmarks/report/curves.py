@@ -106,13 +106,18 @@ def draw_curves(cells: Sequence[Measured], quantity: Quantity, target_accuracy: 
 
 
 def _look_near(axes: Axes, target_accuracy: float, curves: Sequence[Curve]) -> None:
-    """Leave out what lies far below the target, where all curves are steep, and what was spent before."""
-    lowest = max(min(accuracy.min() for _, accuracy in curves), target_accuracy - _SHOWN_BELOW)
+    """Leave out what lies far below the target, where all curves are steep, and what was spent before.
+
+    A curve that never comes near is seen whole.
+    """
+    near = target_accuracy - _SHOWN_BELOW
+    far = [accuracy.min() for _, accuracy in curves if accuracy.max() < near]
+    lowest = max(min(accuracy.min() for _, accuracy in curves), min([near, *far]))
     highest = max(target_accuracy, *(accuracy.max() for _, accuracy in curves))
     margin = 0.04 * (highest - lowest)
     axes.set_ylim(lowest - margin, highest + 2 * margin)
-    entered = [spent[np.argmax(accuracy >= lowest)] for spent, accuracy in curves if accuracy.max() >= lowest]
-    left, right = min(entered), max(spent[-1] for spent, _ in curves)
+    left = min(spent[np.argmax(accuracy >= lowest)] for spent, accuracy in curves)
+    right = max(spent[-1] for spent, _ in curves)
     if axes.get_xscale() == "log":
         axes.set_xlim(left / 1.15, right * 1.15)
     else:

@@ -1,12 +1,12 @@
 """The folder of a report: made beside its place and moved there whole, and never in the place of anything else."""
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from allreduce_sgd.errors import ConfigError
+from benchmarks.interrupts import ended_in_order
 
 __all__ = ["GENERATOR", "check_folder", "new_folder"]
 
@@ -49,17 +49,20 @@ def _foreign(folder: Path) -> str | None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `folder`, which takes its place, the earlier report's too, unless an error comes."""
+    """Yield an empty folder beside `folder`, which takes its place, the earlier report's too, unless an error comes.
+
+    Ended by SIGINT or SIGTERM, it leaves the earlier report, or the whole new one, and nothing else.
+    """
     place = folder.absolute()
-    with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
-        new = Path(temporary) / "new"
+    with ended_in_order(), tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
         new.mkdir()
         yield new
-        if place.exists():
-            place.rename(Path(temporary) / "old")
         try:
-            shutil.move(new, place)
-        except OSError:
-            if (old := Path(temporary) / "old").exists():
+            if place.exists():
+                place.rename(old)
+            new.rename(place)
+        except BaseException:
+            if old.exists() and not place.exists():
                 old.rename(place)
             raise

@@ -12,30 +12,37 @@ from allreduce_sgd.errors import ConfigError, quoted
 from allreduce_sgd.user_code import describe
 from benchmarks.report.content import Picture, Section
 from benchmarks.report.record_summary import summarise_record
-from benchmarks.report.record_tables import record_tables, table_name
+from benchmarks.report.record_tables import group_names, points_name, record_tables, table_name
 from benchmarks.report.sources import Record, Source, facts_of
 from benchmarks.report.step_times import contender_name, draw_step
 from benchmarks.report.styles import save
 from benchmarks.report.words import listing
-from benchmarks.table import format_number
+from benchmarks.table import format_number, format_range
 
 __all__ = ["record_section"]
 
 Rows = Sequence[dict[str, Any]]
 
+# Whose rows a picture of the scaling model shows, by its file; the others show predictions.
+_SCALING_KINDS: Mapping[str, str] = MappingProxyType(
+    {"scaling_validation": "validation", "scaling_published": "published"}
+)
+
 
 def record_section(source: Source, record: Record, figures: Path) -> Section:
     """Draw the record's figures into the folder, and return its section."""
     try:
+        facts = facts_of(source)
         pictures = _DRAWN.get(record.benchmark, _draw_nothing)(source.name, record.rows, figures)
         summary = summarise_record(record)
-        tables = record_tables(source.name, record.rows)
+        tables = record_tables(source.name, record)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
-        raise ConfigError(f"{source.path}: not rows of {quoted(record.benchmark)}: {describe(problem)}") from problem
+        what = f"not a record of {quoted(record.benchmark)}"
+        raise ConfigError(f"{source.path}: {what}: {describe(problem)}") from problem
     title = f"Benchmark {record.benchmark}"
     if source.path.stem != record.benchmark:
         title += f": {source.path.stem}"
-    return Section(source.name, title, tuple(facts_of(source)), (summary,), tuple(pictures), tuple(tables))
+    return Section(source.name, title, tuple(facts), (summary,), tuple(pictures), tuple(tables))
 
 
 def _draw_nothing(_name: str, _rows: Rows, _figures: Path) -> list[Picture]:
@@ -66,27 +73,34 @@ def _draw_course(name: str, rows: Rows, figures: Path) -> list[Picture]:
         axes = f"{here[0]['y_label']} against {here[0]['x_label']}"
         caption = f"{here[0].get('title') or which}: {axes}. {notes}".strip()
         seen = f"{axes}, a line for each of {listing([str(row['series']) for row in here])}."
-        pictures.append(Picture(picture, caption, seen, table_name(name, place)))
+        pictures.append(Picture(picture, caption, seen, points_name(name, place)))
     return pictures
 
 
 def _draw_layer_costs(name: str, rows: Rows, figures: Path) -> list[Picture]:
     importlib.import_module("benchmarks.layer_costs_plot").draw(rows, figures / f"{name}-layers.png")
     models = listing(list(dict.fromkeys(str(row["model"]) for row in rows)))
+    per_byte: dict[str, list[float]] = {}
+    for row in rows:
+        if row["flops"] is not None:
+            per_byte.setdefault(row["kind"], []).append(row["batch_size"] * row["flops"] / row["bytes"])
+    told = "; ".join(f"{kind} layers do {format_range(ratios)} FLOPs per byte" for kind, ratios in per_byte.items())
     caption = f"Bytes to reduce against FLOPs, a point for each layer of {models}."
-    seen = f"Bytes against FLOPs of the layers of {models}; convolutions do more FLOPs per byte than others."
-    return [Picture(f"{name}-layers", caption, seen, f"{name}-rows")]
+    seen = f"Bytes against FLOPs of the layers of {models}: {told}."
+    return [Picture(f"{name}-layers", caption, seen, table_name(name, 0))]
 
 
 def _draw_scaling(name: str, rows: Rows, figures: Path) -> list[Picture]:
     draw = importlib.import_module("benchmarks.scaling.figures").draw
+    groups = group_names(rows)
     pictures = []
     # In a folder of its own: the names of its files are not ours to choose.
     with tempfile.TemporaryDirectory(dir=figures) as folder:
         for path, caption in draw(rows, Path(folder)):
+            kind = _SCALING_KINDS.get(Path(path).stem, "prediction")
             picture = f"{name}-{_slug(Path(path).stem)}"
             Path(path).replace(figures / f"{picture}.png")
-            pictures.append(Picture(picture, caption, caption, f"{name}-rows"))
+            pictures.append(Picture(picture, caption, caption, table_name(name, groups.index(f"kind {kind}"))))
     return pictures
 
 

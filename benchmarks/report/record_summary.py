@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.message_sizes import format_size
 from benchmarks.report.sources import Record
-from benchmarks.report.words import count, listing, percent
+from benchmarks.report.words import count, listing, percent, undecided
 from benchmarks.table import format_number
 
 __all__ = ["summarise_record"]
@@ -58,12 +58,14 @@ def _strategies(record: Record) -> str:
             f"Study {study}: of {count(len(rows), 'case')} with {of_each} each, “{best['case']}” was the most "
             f"accurate at the end, {percent(round(_accuracy(best), 4))}"
         )
-        others = [row for row in rows if row is not best]
+        others = sorted((row for row in rows if row is not best), key=_accuracy, reverse=True)
         if others:
-            last = min(others, key=_accuracy)
-            sentence += f", and “{last['case']}” the least, {percent(round(_accuracy(last), 4))}"
-        sentences.append(f"{sentence}.{f' {diverged} of {sum(runs)} runs diverged.' if diverged else ''}")
-    return " ".join(sentences)
+            sentence += f", and “{others[-1]['case']}” the least, {percent(round(_accuracy(others[-1]), 4))}"
+        # No other has a higher median, so that only its lower end may be passed.
+        near = [row for row in others if max(row["test_accuracies"]) >= min(best["test_accuracies"])]
+        sentences += [f"{sentence}.", undecided(best["case"], [row["case"] for row in near])]
+        sentences.append(f"{diverged} of {sum(runs)} runs diverged." if diverged else "")
+    return " ".join(filter(None, sentences))
 
 
 def _simulation(record: Record) -> str:
@@ -83,21 +85,33 @@ def _simulation(record: Record) -> str:
 
 
 def _collectives(record: Record) -> str:
-    """Give the times of the largest all-reduce, of the fastest of ours and of each peer."""
+    """Give the times of the largest all-reduce, of the fastest of ours and of each peer, for each variant of the call.
+
+    Rows with wrong results, or whose data went another way than the links, are named and left out.
+    """
     rows = [row for row in record.rows if row["op"] == "all_reduce"]
-    if not rows:
-        return ""
-    largest = max(row["bytes"] for row in rows)
-    here = sorted((row for row in rows if row["bytes"] == largest), key=lambda row: row["median_seconds"])
-    soonest: dict[str, float] = {}
-    for row in here:
-        soonest.setdefault("this package" if row["ours"] else str(row["contender"]), 1e3 * row["median_seconds"])
-    told = [f"{format_number(time)} ms with {name}" for name, time in soonest.items()]
-    ranks, rounds = here[0]["ranks"], here[0]["rounds"]
-    return (
-        f"An all-reduce of {format_size(largest)} among {count(ranks, 'rank')} takes {listing(told)} "
-        f"(medians of {count(rounds, 'round')})."
-    )
+    sound = [row for row in rows if not row["wrong"] and not row["bypass"]]
+    sentences = []
+    if sound:
+        largest = max(row["bytes"] for row in sound)
+        here = sorted((row for row in sound if row["bytes"] == largest), key=lambda row: row["median_seconds"])
+        soonest: dict[str, float] = {}
+        for row in here:
+            who = "this package" if row["ours"] else row["contender"]
+            soonest.setdefault(f"{who} ({row['variant'].replace('_', ' ')})", 1e3 * row["median_seconds"])
+        told = listing([f"{format_number(time)} ms with {name}" for name, time in soonest.items()])
+        where = "on one machine" if here[0]["hosts"] == 1 else f"on {here[0]['hosts']} hosts"
+        sentences.append(
+            f"An all-reduce of {format_size(largest)} among {count(here[0]['ranks'], 'rank')} {where} takes "
+            f"{told}, in the median of {count(here[0]['rounds'], 'round')}."
+        )
+    for what, unsound in (
+        ("for wrong results", sum(row["wrong"] > 0 for row in rows)),
+        ("as more bytes passed than the links carry", sum(bool(row["bypass"] and not row["wrong"]) for row in rows)),
+    ):
+        if unsound:
+            sentences.append(f"Left out {what}: {unsound} of {count(len(rows), 'row')}.")
+    return " ".join(sentences)
 
 
 def _compression(record: Record) -> str:
@@ -157,15 +171,16 @@ def _layer_costs(record: Record) -> str:
 
 
 def _chaos(record: Record) -> str:
-    """Say whether every harmed run ended and was resumed to the same parameters."""
-    rounds, finished = (sum(row[name] for row in record.rows) for name in ("rounds", "finished"))
+    """Say how often a run was started, harmed and resumed, and whether each came to the same parameters."""
+    rounds, resumed, finished = (sum(row[name] for row in record.rows) for name in ("rounds", "resumed", "finished"))
+    harmed = sum(row["rounds"] for row in record.rows if row["harm"] != "none")
     ends = [row["slowest_end_seconds"] for row in record.rows if row["slowest_end_seconds"] is not None]
     problems = sum(len(row["problems"]) for row in record.rows)
     slowest = f"; the slowest ended {format_number(max(ends))} s after the harm" if ends else ""
     return (
-        f"A training was started, harmed and resumed in {count(rounds, 'round')}{slowest}. "
-        f"{count(finished, 'run').capitalize()} came to the end with the parameters of the undisturbed one, bit for "
-        f"bit. Problems: {problems or 'none'}."
+        f"A training was started {count(rounds, 'time')}, harmed in {harmed} of these starts and resumed from a "
+        f"checkpoint in {resumed}{slowest}. {count(finished, 'run').capitalize()} came to the end with the parameters "
+        f"of the undisturbed one, bit for bit. Problems: {problems or 'none'}."
     )
 
 

@@ -2,12 +2,13 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from allreduce_sgd.errors import ConfigError
+from allreduce_sgd.errors import ConfigError, counted
 from benchmarks.study.results import Study, read_study
 from benchmarks.table import format_number
 
@@ -65,11 +66,20 @@ def _read(file: Path) -> Study | Record:
     except (ValueError, RecursionError):
         whole = None
     if isinstance(whole, dict) and "rows" in whole:
+        _check_text(file, whole)
         return _record(file, whole)
     study = read_study(file)
+    _check_text(file, [study.head, *((run.cell.label, run.folder) for run in study.runs)])
     if not isinstance(study.head, dict) or any(not run.evaluations for run in study.runs):
         raise ConfigError(f"{file}: not the results of a study: a run without evaluations")
     return study
+
+
+def _check_text(file: Path, content: object) -> None:
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as problem:
+        raise ConfigError(f"{file}: holds half of a surrogate pair, which is no text") from problem
 
 
 def _record(file: Path, whole: Mapping[str, Any]) -> Record:
@@ -101,10 +111,21 @@ def facts_of(source: Source) -> list[tuple[str, str]]:
         ("benchmark", head.get("benchmark")),
         ("command", head.get("command")),
         ("commit", head.get("commit")),
+        ("commits of the runs", _commits(source.content)),
         ("machine", ", ".join(part for part in parts if part)),
         ("versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)),
     ]
     return [(name, str(value)) for name, value in facts if value]
+
+
+def _commits(content: Study | Record) -> str | None:
+    """Name the commits that made a study's runs, where it went on with another than it began with."""
+    if not isinstance(content, Study):
+        return None
+    found = Counter(run.commit for run in content.runs if run.commit is not None)
+    if set(found) <= {content.head.get("commit")}:
+        return None
+    return ", ".join(f"{commit} ({counted(runs, 'run')})" for commit, runs in found.items())
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

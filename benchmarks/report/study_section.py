@@ -109,7 +109,10 @@ def _draw_quantities(add, study: Study, cells: Sequence[Measured]) -> None:  # t
         drawn = [each for each in common if each in having] or shown(having, _MOST_CURVES)
         partly = ""
         if len(drawn) < len(having):
-            partly = f" {len(drawn)} of {len(having)} are drawn: the soonest batch of each method."
+            partly = (
+                f" {len(drawn)} of {len(having)} are drawn: the soonest batch of each method, and of these at most the "
+                f"{_MOST_CURVES} soonest."
+            )
         without = " Methods that send nothing, or do not tell, are left out." if len(having) < len(cells) else ""
         add(
             f"accuracy-{quantity.name}",

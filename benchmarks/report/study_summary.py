@@ -1,12 +1,14 @@
 """What a study found, in plain sentences, each of which its runs bear out, and what it did not look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isinf
+from types import MappingProxyType
 
 from benchmarks.hyperbola import Fit
 from benchmarks.report.measures import Measured, at_edge_of_grid, fastest_serial, tuning_of
-from benchmarks.report.words import count, listing, percent
-from benchmarks.study.cells import OURS, SERIAL, TORCH
+from benchmarks.report.words import count, listing, percent, undecided
+from benchmarks.speedup import by_cell
+from benchmarks.study.cells import ALL_CORES, OURS, SERIAL, TORCH
 from benchmarks.study.results import Study
 from benchmarks.table import format_number, format_range
 
@@ -14,19 +16,31 @@ __all__ = ["summarise_study"]
 
 _FEWEST_SEEDS = 5
 _MOST_NAMED = 5
+# Where a spec asks for a contender.
+_ASKED: Mapping[str, tuple[str, str]] = MappingProxyType(
+    {SERIAL: ("baselines", "serial_batches"), TORCH: ("baselines", "torch_ddp"), OURS: ("grid", "strategies")}
+)
 
 
 def summarise_study(
     study: Study, cells: Sequence[Measured], fit: Fit | None = None, noise: Sequence[float] = ()
 ) -> list[str]:
-    """Return paragraphs: the question, what was soonest, the peer, what batches do, misses, and what the result is not.
+    """Return paragraphs: question, what was soonest, ours, the peer, what batches do, misses, what the result is not.
 
     `fit` is the study's hyperbola, `noise` the gradient noise scales of its runs, in samples.
     """
+    question = f"{_question(study)}{_unfinished(study)}"
     if not cells:
-        return [f"{_question(study)} No measured run is there yet."]
-    batches = [] if fit is None else [_batches(fit, noise)]
-    return [f"{_question(study)} {_soonest(cells)}", _peer(cells), *batches, _misses(cells), _limits(study, cells)]
+        return [f"{question} No measured run is there yet."]
+    paragraphs = [
+        f"{question} {_soonest(study, cells)}",
+        _ours(study, cells),
+        _peer(study, cells),
+        "" if fit is None else _batches(fit, noise),
+        _misses(cells),
+        _limits(study, cells),
+    ]
+    return list(filter(None, paragraphs))
 
 
 def _question(study: Study) -> str:
@@ -36,59 +50,106 @@ def _question(study: Study) -> str:
     return f"How soon {what} a test accuracy of {percent(study.target_accuracy)}{where}?"
 
 
-def _soonest(cells: Sequence[Measured]) -> str:
-    best = min(cells, key=lambda each: each.seconds)
+def _unfinished(study: Study) -> str:
+    """Say how many measured runs are missing, of the cells that have any run."""
+    seeds = study.head["spec"].get("seeds", 0)
+    begun, measured = {run.cell for run in study.runs}, by_cell(study.runs)
+    missing = sum(max(0, seeds - len(measured.get(cell, ()))) for cell in begun)
+    if not missing:
+        return ""
+    return (
+        f" This study is unfinished: it lacks {missing} of the {seeds * len(begun)} measured runs of the methods that "
+        "it has begun."
+    )
+
+
+def _soonest(study: Study, cells: Sequence[Measured]) -> str:
+    best = _first(cells)
     if isinf(best.seconds):
         return "No method did so in the median of its runs, so there is no speed-up to report."
     sentences = [f"Soonest was {_named(best)}: {_time(best)}, evaluation left out."]
+    if best.cell.contender == SERIAL:
+        sentences.append(_serial_won(best, cells))
+    else:
+        if best.cell.contender == ALL_CORES:
+            sentences.append(f"It is a baseline on one rank, with {count(best.cell.threads, 'thread')}.")
+        sentences.append(_gain(study, best, cells))
+    uncertain = sorted((each for each in cells if each is not best and _overlap(best, each)), key=_seconds)
+    sentences.append(undecided(best.name, [each.name for each in uncertain if not isinf(each.seconds)]))
+    return " ".join(filter(None, sentences))
+
+
+def _serial_won(serial: Measured, cells: Sequence[Measured]) -> str:
+    others = [each for each in cells if each.cell.contender != SERIAL and not isinf(each.seconds)]
+    if not others:
+        return "It is a baseline on one rank, serial SGD (one rank, one thread)."
+    nearest = _first(others)
+    return (
+        "It is a baseline on one rank, serial SGD (one rank, one thread), which nothing that was tried made sooner. "
+        f"The nearest, {_named(nearest)}, took {format_number(nearest.seconds / serial.seconds)} times as long."
+    )
+
+
+def _gain(study: Study, best: Measured, cells: Sequence[Measured]) -> str:
+    """Say what the soonest, which is not serial SGD, gains over it."""
     serial = fastest_serial(cells)
     if serial is None:
-        return " ".join([*sentences, "Serial SGD was not run, so that there is no speed-up to report."])
+        return f"{_absent(study, SERIAL, 'Serial SGD')}, so that there is no speed-up to report."
     if isinf(serial.seconds):
-        missed = "Serial SGD missed the target at every batch that was tried, so that there is no speed-up to report."
-        return " ".join([*sentences, missed])
-    if best is serial:
-        others = [each for each in cells if each.cell.contender != SERIAL and not isinf(each.seconds)]
-        if not others:
-            return " ".join([*sentences, "It is serial SGD (one rank, one thread)."])
-        nearest = min(others, key=lambda each: each.seconds)
-        sentences.append(
-            "It is serial SGD (one rank, one thread), which nothing that was tried made sooner. "
-            f"The nearest, {_named(nearest)}, took {format_number(nearest.seconds / serial.seconds)} times as long."
-            f"{_overlap(serial, nearest)}"
+        return (
+            "Serial SGD missed the target at every batch that was tried, in the median of its runs, so that there is "
+            "no speed-up to report."
         )
-        return " ".join(sentences)
-    sentences.append(f"That is {_times(best, serial)}: {_baseline(serial)}.{_overlap(best, serial)}")
+    sentence = f"That is {_times(best, serial)}: {_baseline(serial)}."
     hardware, statistical = best.speed_up.hardware_efficiency, best.speed_up.statistical_efficiency
-    if hardware is not None and statistical is not None:
-        sentences.append(
-            f"The factor is {format_number(hardware)} (samples per second) times {format_number(statistical)} "
-            "(samples needed)."
-        )
-    synchronous = [each for each in cells if each.cell.contender == OURS and each.cell.strategy == "sync"]
-    if synchronous:
-        nearest = min(synchronous, key=lambda each: each.seconds)
-        if nearest is not best and not isinf(nearest.seconds):
-            sentences.append(
-                f"Of synchronous SGD by this package, {_named(nearest)} was soonest: {_time(nearest)}, "
-                f"{_times(nearest, serial)}.{_overlap(nearest, serial)}"
-            )
+    if hardware is None or statistical is None:
+        return sentence
+    return (
+        f"{sentence} The factor is {format_number(hardware)} (samples per second) times {format_number(statistical)} "
+        "(samples needed)."
+    )
+
+
+def _ours(study: Study, cells: Sequence[Measured]) -> str:
+    """Name this package's soonest method and its soonest synchronous one, where they are not the soonest of all."""
+    ours = [each for each in cells if each.cell.contender == OURS]
+    if not ours:
+        return f"{_absent(study, OURS, 'This package on several ranks')}."
+    best, winner = _first(ours), _first(cells)
+    if isinf(winner.seconds):
+        return ""
+    if isinf(best.seconds):
+        return "No method of this package on several ranks reached the target in the median of its runs."
+    sentences = []
+    if best is not winner:
+        told = _against_serial(best, cells)
+        sentences.append(f"Of this package on several ranks, {_named(best)} was soonest: {told}")
+    synchronous = [each for each in ours if each.cell.strategy == "sync" and not isinf(each.seconds)]
+    if synchronous and best.cell.strategy != "sync":
+        nearest = _first(synchronous)
+        told = _against_serial(nearest, cells)
+        sentences.append(f"Of synchronous SGD by this package, {_named(nearest)} was soonest: {told}")
     return " ".join(sentences)
 
 
-def _peer(cells: Sequence[Measured]) -> str:
+def _peer(study: Study, cells: Sequence[Measured]) -> str:
     peers = [each for each in cells if each.cell.contender == TORCH]
     if not peers:
-        return "PyTorch's DDP was not part of this study."
-    best = min(peers, key=lambda each: each.seconds)
+        absent = _absent(study, TORCH, "PyTorch's DDP")
+        return f"{absent}."
+    best = _first(peers)
     if isinf(best.seconds):
-        return f"PyTorch's DDP over Gloo missed the target in most of its runs, at its best as {_named(best)}."
+        where = f", in any of its {len(peers)} settings" if len(peers) > 1 else ""
+        return f"PyTorch's DDP over Gloo did not reach the target in the median of its runs{where}."
     name = f"PyTorch's DDP over Gloo, at its best as {_named(best)}," if len(peers) > 1 else "PyTorch's DDP over Gloo"
-    sentence = f"{name} took {_time(best)}"
-    serial = fastest_serial(cells)
-    if serial is None or isinf(serial.seconds):
-        return f"{sentence}."
-    return f"{sentence}, {_times(best, serial)}.{_overlap(best, serial)}"
+    return f"{name} took {_against_serial(best, cells)}"
+
+
+def _absent(study: Study, contender: str, name: str) -> str:
+    """Say why there is nothing to tell of a contender: it was not asked for, or nothing of it was measured."""
+    part, key = _ASKED[contender]
+    asked = study.head["spec"].get(part, {}).get(key) or any(run.cell.contender == contender for run in study.runs)
+    return f"{name} has no measured run" if asked else f"{name} was not part of this study"
 
 
 def _batches(fit: Fit, noise: Sequence[float]) -> str:
@@ -127,12 +188,17 @@ def _limits(study: Study, cells: Sequence[Measured]) -> str:
     seeds = count(high, "seed") if low == high else f"{low} to {high} seeds"
     machine = study.head.get("machine") or {}
     cores = machine.get("cores")
-    networks = sorted({each.cell.network for each in cells if each.cell.network != "none"})
-    place = "one machine" if not networks else f"hosts with links of {listing(networks)}"
     sentences = [
-        f"This holds for one model and one data set on {place}, with {seeds} for each method; it does not say what "
+        f"This holds for one model and one data set on one machine, with {seeds} for each method; it does not say what "
         "other models, machines or more ranks would give."
     ]
+    linked = [each for each in cells if each.cell.network != "none"]
+    if linked:
+        rates = listing(sorted({each.cell.network for each in linked}))
+        sentences.append(
+            f"{len(linked)} of {count(len(cells), 'method')} ran on virtual hosts, network namespaces of this "
+            f"machine, with links limited to {rates}."
+        )
     if low < _FEWEST_SEEDS:
         sentences.append(f"Fewer than {_FEWEST_SEEDS} seeds tell little about the spread.")
     spent = {tuning_of(study, each.cell).runs for each in cells}
@@ -156,6 +222,14 @@ def _limits(study: Study, cells: Sequence[Measured]) -> str:
     return " ".join(sentences)
 
 
+def _first(cells: Sequence[Measured]) -> Measured:
+    return min(cells, key=_seconds)
+
+
+def _seconds(each: Measured) -> float:
+    return each.seconds
+
+
 def _named(each: Measured) -> str:
     return f"“{each.name}”"
 
@@ -163,6 +237,15 @@ def _named(each: Measured) -> str:
 def _time(each: Measured) -> str:
     n = f"median of {each.n} runs" if each.n > 1 else "1 run"
     return f"{format_range([run.seconds for run in each.runs])} s of training ({n})"
+
+
+def _against_serial(each: Measured, cells: Sequence[Measured]) -> str:
+    """Return the time of a cell that is not the soonest, beside serial SGD where that came to the target."""
+    serial = fastest_serial(cells)
+    if serial is None or isinf(serial.seconds):
+        return f"{_time(each)}."
+    uncertain = " Their ranges over seeds overlap, so that this difference is uncertain."
+    return f"{_time(each)}, {_times(each, serial)}.{uncertain if _overlap(each, serial) else ''}"
 
 
 def _times(each: Measured, serial: Measured) -> str:
@@ -178,7 +261,7 @@ def _baseline(serial: Measured) -> str:
     return f"one rank and one thread took {format_range([run.seconds for run in serial.runs])} s"
 
 
-def _overlap(one: Measured, other: Measured) -> str:
-    """Say so where the ranges over seeds overlap, since then the order of the two is open."""
+def _overlap(one: Measured, other: Measured) -> bool:
+    """Say whether the ranges over seeds overlap, since then the order of the two is open."""
     (a, b), (c, d) = (each.range(lambda run: run.seconds) for each in (one, other))
-    return " Their ranges over seeds overlap, so that this difference is uncertain." if a <= d and c <= b else ""
+    return a <= d and c <= b

@@ -1,8 +1,8 @@
-"""Plain English about numbers: one and many, lists, percentages."""
+"""Plain English about numbers: one and many, lists, percentages, ranges that leave an order open."""
 
 from collections.abc import Sequence
 
-__all__ = ["count", "listing", "percent"]
+__all__ = ["count", "listing", "percent", "undecided"]
 
 
 def count(n: int, one: str, many: str | None = None) -> str:
@@ -18,3 +18,14 @@ def listing(parts: Sequence[str]) -> str:
 
 def percent(fraction: float) -> str:
     return f"{100 * fraction:g} %"
+
+
+def undecided(winner: str, others: Sequence[str]) -> str:
+    """Return a sentence about those whose ranges over seeds overlap the winner's, none where there are none."""
+    if not others:
+        return ""
+    ranges = "that" if len(others) == 1 else "those"
+    return (
+        f"The range over seeds of “{winner}” overlaps {ranges} of {listing([f'“{other}”' for other in others])}, so "
+        "that there is no difference to report between them."
+    )

@@ -135,6 +135,67 @@ STEPS = [
 ]
 
 
+LAYERS: list[dict[str, Any]] = [
+    {"model": "cnn", "batch_size": 32, "layer": layer, "kind": kind, "shape": shape, "bytes": n_bytes, "flops": flops}
+    for layer, kind, shape, n_bytes, flops in (
+        ("conv", "convolution", "3×3, 3→16", 1792, 1_792_000),
+        ("norm", "other", "", 128, None),
+        ("fc", "fully connected", "64→10", 2600, 3900),
+        ("conv2", "convolution", "3×3, 16→16", 9280, 928_000),
+    )
+]
+
+SCALING: list[dict[str, Any]] = [
+    {
+        "kind": "validation",
+        "ranks": 2,
+        "computing": "modelled",
+        "oversubscription": None,
+        "measured_seconds": 0.01,
+        "minimum_seconds": 0.009,
+        "maximum_seconds": 0.012,
+        "predicted_seconds": 0.011,
+        "error": 0.1,
+    },
+    *(
+        {
+            "kind": "prediction",
+            "model": "mlp",
+            "plan": plan,
+            "scaling": "strong",
+            "network": "10 µs, 25 Gbit/s",
+            "ranks": ranks,
+            "speed_up": 0.8 * ranks,
+            "scaling_efficiency": 0.8,
+            **dict.fromkeys(("straggler_seconds", *STEP_PARTS), 0.001),
+        }
+        for plan in ("sync", "local")
+        for ranks in (2, 64)
+    ),
+]
+
+
+def course_row(figure: str, series: str, points: int = 2, **changed: Any) -> dict[str, Any]:
+    """Return a line of the course's figure, with so many points and the folders of two runs."""
+    return {
+        "figure": figure,
+        "series": series,
+        "title": "Loss",
+        "x": list(range(1, points + 1)),
+        "y": [0.6 / place for place in range(1, points + 1)],
+        "low": [0.5 / place for place in range(1, points + 1)],
+        "high": [0.7] * (points - 1) + [None],
+        "x_label": "samples",
+        "y_label": "loss (nats)",
+        "n": 2,
+        "x_log": False,
+        "y_log": True,
+        "note": "made up",
+        "runs": [f"{series}-seed{seed}" for seed in (0, 1)],
+        **changed,
+    }
+
+
 def write_record(path: Path, benchmark: str, rows: list[dict[str, Any]]) -> Path:
     path.write_text(json.dumps({**HEAD, "benchmark": benchmark, "rows": rows}))
     return path

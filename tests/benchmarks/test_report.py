@@ -5,14 +5,14 @@ import itertools
 import json
 import re
 from collections.abc import Iterator
-from html.parser import HTMLParser
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from benchmarks.report.__main__ import main
 from benchmarks.study.results import Study, read_study
+from tests.benchmarks.report_files import Page, markdown_rows
 from tests.benchmarks.synthetic_study import (
     CELLS,
     HEAD,
@@ -23,34 +23,9 @@ from tests.benchmarks.synthetic_study import (
 )
 
 
-class Page(HTMLParser):
-    """What the tests ask of a page."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.text.append(data)
-
-    def all(self, tag: str) -> list[dict[str, str | None]]:
-        return [attributes for name, attributes in self.tags if name == tag]
-
-
 @pytest.fixture
 def study(report: Path) -> Study:
     return read_study(report.parent / "study" / "results.jsonl")
-
-
-def markdown_rows(file: Path) -> list[dict[str, str]]:
-    lines = [line for line in file.read_text().splitlines() if line.startswith("|")]
-    entries = [[entry.strip() for entry in line.strip("|").split(" | ")] for line in lines]
-    return [dict(zip(entries[0], line, strict=True)) for line in entries[2:]]
 
 
 def test_the_page_needs_nothing_else(report: Path) -> None:
@@ -67,7 +42,7 @@ def test_every_image_is_a_figure_of_the_folder_and_told_in_words(report: Path) -
     images = Page((report / "index.html").read_text()).all("img")
     files = {file.read_bytes() for file in (report / "figures").iterdir()}
     assert {base64.b64decode(str(image["src"]).partition(",")[2]) for image in images} == files
-    assert len(images) == len(files) == 11
+    assert len(images) == len(files) == 16
     assert all(len(str(image["alt"])) > 30 for image in images)
 
 
@@ -137,6 +112,16 @@ def test_what_was_run_is_told(report: Path) -> None:
         assert "0, 1, 2, 3, 4; 1000, 1001 for tuning" in text
 
 
+def test_the_commits_of_runs_are_told_where_they_differ(tmp_path: Path) -> None:
+    runs = [make_run(CELLS[4], 4, seed) for seed in range(3)]
+    made = [replace(run, commit=commit) for run, commit in zip(runs, ("older", "older", HEAD["commit"]), strict=True)]
+    for name, some in (("both", made), ("one", made[2:]), ("unknown", runs)):
+        study = write_synthetic_study(tmp_path / name, some)
+        assert main([str(study), "-o", str(tmp_path / f"{name}-out")]) == 0
+        text = (tmp_path / f"{name}-out" / "report.md").read_text()
+        assert (f"older (2 runs), {HEAD['commit']} (1 run)" in text) == (name == "both")
+
+
 def test_a_study_that_has_only_begun_and_one_that_only_missed(tmp_path: Path) -> None:
     begun = write_synthetic_study(tmp_path / "a", [run for run in study_runs(CELLS[:1]) if run.phase == "tuning"])
     missed = write_synthetic_study(tmp_path / "b", [make_run(CELLS[4], 0, 0, reaches=False)])
@@ -144,43 +129,24 @@ def test_a_study_that_has_only_begun_and_one_that_only_missed(tmp_path: Path) ->
     assert markdown_rows(tmp_path / "out" / "tables" / "made-up-2-cells.md")[0]["train s"] == "∞"
 
 
-def test_a_record_of_any_benchmark_becomes_tables(tmp_path: Path) -> None:
-    rows: list[dict[str, Any]] = [
-        {"kind": "a", "name": "x", "half_seconds": 0.25e-3, "values": [1.0, 2.0], "same": 3, "none": None, "ok": True},
-        {"kind": "a", "name": "y", "half_seconds": None, "values": [], "same": 3, "none": None, "ok": False},
-        {"kind": "b", "size_bytes": 4096},
-    ]
-    record = write_record(tmp_path / "new.json", "unheard_of", rows)
-    assert main([str(record), "-o", str(tmp_path / "out")]) == 0
-    first, second = markdown_rows(tmp_path / "out" / "tables" / "new-rows.md")
-    assert first == {"name": "x", "half (µs)": "250", "values": "1.00, 2.00", "ok": "yes"}
-    assert second == {"name": "y", "half (µs)": "–", "values": "–", "ok": "no"}
-    assert "In all rows: same 3; none –." in (tmp_path / "out" / "tables" / "new-rows.md").read_text()
-    assert markdown_rows(tmp_path / "out" / "tables" / "new-rows-2.md") == [{"size bytes": "4,096"}]
+def test_a_study_that_never_comes_near_its_target_is_drawn(tmp_path: Path) -> None:
+    missed = make_run(CELLS[4], 4, 0, reaches=False)
+    poor = replace(missed, evaluations=tuple(replace(each, test_accuracy=0.3) for each in missed.evaluations))
+    study = write_synthetic_study(tmp_path / "study", [poor, replace(poor, seed=1)])
+    assert main([str(study), "-o", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "figures" / "made-up-accuracy-bytes.png").exists()
 
 
-def test_the_course_has_a_figure_and_a_table_for_each_of_its_figures(tmp_path: Path) -> None:
-    line = {"title": "Loss", "x": [1, 2], "low": [0.5, 0.2], "high": [0.7, None], "x_label": "samples", "n": 2}
-    line |= {"y_label": "loss (nats)", "x_log": False, "y_log": True, "note": "made up"}
-    rows = [
-        {
-            "figure": figure,
-            "series": series,
-            "y": [0.6, 0.3],
-            "runs": [f"{series}-seed{seed}" for seed in (0, 1)],
-            **line,
-        }
-        for figure, series in (("lr", "0.1"), ("lr", "0.2"), ("momentum", "0"))
+def test_a_figure_of_some_of_the_methods_says_which(tmp_path: Path) -> None:
+    cells = [
+        replace(CELLS[4], label=f"sync {flag}, batch {batch}", global_batch_size=batch, flags=(("period", flag),))
+        for flag in range(5)
+        for batch in (32, 64)
     ]
-    record = write_record(tmp_path / "course.json", "course", rows)
-    assert main([str(record), "-o", str(tmp_path / "out")]) == 0
-    images = Page((tmp_path / "out" / "index.html").read_text()).all("img")
-    assert [image["alt"] for image in images] == [
-        f"loss (nats) against samples, a line for each of {series}." for series in ("0.1 and 0.2", "0")
-    ]
-    assert [row["runs"] for row in markdown_rows(tmp_path / "out" / "tables" / "course-rows.md")] == [
-        f"{series}-seed0, {series}-seed1" for series in ("0.1", "0.2")
-    ]
+    study = write_synthetic_study(tmp_path / "study", [make_run(cell, 4, 0) for cell in cells])
+    assert main([str(study), "-o", str(tmp_path / "out")]) == 0
+    told = "5 of 10 are drawn: the soonest batch of each method, and of these at most the 8 soonest."
+    assert told in (tmp_path / "out" / "report.md").read_text()
 
 
 def test_without_a_baseline_there_is_no_speed_up(tmp_path: Path) -> None:
@@ -218,6 +184,8 @@ def bad_files(folder: Path) -> Iterator[tuple[list[str], str]]:
         "nameless.json": '{"rows": []}',
         "rows.json": '{"benchmark": "x", "rows": [1]}',
         "step.json": json.dumps({"benchmark": "step_time", "rows": [{"workload": "mlp"}]}),
+        "load.json": json.dumps({"benchmark": "x", "rows": [{"a": 1}], "machine": {"load_average": ["x"]}}),
+        "surrogate.json": '{"benchmark": "x", "rows": [{"a": "\\ud800"}]}',
         "half.jsonl": json.dumps(HEAD) + '\n{"label": "a"',
     }.items():
         (folder / name).write_text(text)

@@ -24,6 +24,7 @@ addEventListener("load", () => {
     inside, width: document.documentElement.scrollWidth, wide: wide.map((each) => each.outerHTML.slice(0, 80)),
     scrolling: [...document.querySelectorAll(".scroll")].filter((each) => each.scrollWidth > each.clientWidth).length,
     shown: [...document.images].filter((each) => each.complete && each.naturalWidth > 0).length,
+    wideFigures: Math.min(...[...document.querySelectorAll(".wide img")].map((each) => each.clientWidth)),
     text: Math.min(...[...document.querySelectorAll("p, dd, td, figcaption")].map(
       (each) => parseFloat(getComputedStyle(each).fontSize))),
   });
@@ -63,3 +64,4 @@ def test_the_page_is_no_wider_than_the_window(browser: str, report: Path, width:
     assert found["shown"] == text.count("<img ") > 5
     assert found["text"] >= 14
     assert found["scrolling"] > 0
+    assert found["wideFigures"] > 700

@@ -2,16 +2,17 @@
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 
 from benchmarks.hyperbola import Fit
 from benchmarks.report.batch_sizes import draw_hyperbola
-from benchmarks.report.curves import QUANTITIES, draw_curves
+from benchmarks.report.curves import QUANTITIES, draw_curves, has
 from benchmarks.report.measures import measure, shown
 from benchmarks.report.rows import draw_factors, draw_speed_up, draw_time_split, draw_to_target
 from benchmarks.report.step_times import draw_step, parts_of
-from benchmarks.study.results import Study
+from benchmarks.study.results import Run, Study
 from tests.benchmarks.synthetic_study import HEAD, STEPS, TARGET, study_runs
 
 UNITS = r"\((s|MB, 10⁶ bytes|thousands|times|ms|samples)\)|times that of"
@@ -49,6 +50,23 @@ def test_curves_look_alike_in_the_figures_of_all_quantities(study: Study) -> Non
         looks.append({text.get_text(): (line.get_color(), line.get_marker()) for text, line in lines})
     assert len(looks[2]) < len(looks[0])
     assert looks[2].items() <= looks[0].items() == looks[1].items()
+
+
+@pytest.mark.parametrize("ranks", [1, 2], ids=["all", "those that send"])
+def test_curves_that_never_come_near_the_target_are_seen_whole(study: Study, ranks: int) -> None:
+    def poor(run: Run) -> Run:
+        evaluations = tuple(replace(each, test_accuracy=each.test_accuracy / 3) for each in run.evaluations)
+        return replace(run, reached=False, evaluations=evaluations) if run.cell.ranks >= ranks else run
+
+    cells = measure(Study(HEAD, tuple(map(poor, study.runs))))
+    for quantity in QUANTITIES:
+        axes = draw_curves(cells, quantity, TARGET).axes[0]
+        (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+        drawn = [each for each in cells if has(each, quantity) and each.cell.ranks >= ranks]
+        assert drawn
+        for point in (point for each in drawn for run in each.runs for point in run.evaluations):
+            assert left <= quantity.scale * getattr(point, quantity.field) <= right
+            assert low <= point.test_accuracy <= high
 
 
 def test_more_cells_than_styles_show_the_soonest_batch_of_each_method(study: Study) -> None:

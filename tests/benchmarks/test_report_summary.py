@@ -43,13 +43,13 @@ def test_the_summary_does_not_claim_what_was_not_run() -> None:
     sync = CELLS[4]
     alone = summary_of([make_run(sync, 4, 0)])
     assert "(1 run)" in alone
-    assert "Serial SGD was not run, so that there is no speed-up" in alone
+    assert "Serial SGD was not part of this study, so that there is no speed-up" in alone
     assert "DDP was not part of this study" in alone
     assert "The only run reached the target." in alone
     assert "with 1 seed" in alone
     assert "Fewer than 5 seeds" in alone
     missing = summary_of([make_run(CELLS[2], 2, 0, reaches=False), make_run(sync, 4, 0)])
-    assert "Serial SGD missed the target at every batch" in missing
+    assert "Serial SGD missed the target at every batch that was tried, in the median of its runs" in missing
     none = summary_of([make_run(sync, 4, seed, reaches=False) for seed in range(2)])
     assert "No method did so" in none
     assert "2 of 2 measured runs missed the target: “sync, 2 ranks, batch 64” (2 of 2). They count" in none
@@ -66,6 +66,80 @@ def test_the_summary_admits_when_serial_is_soonest_and_what_bounds_the_result() 
     assert "The learning rate chosen for 1 of 2 methods is the smallest or largest" in text
     assert "1 method ran more threads than the machine has cores (1)" in text
     assert "differed from the commit" in text
+
+
+def timed(place: int, *seconds: float) -> list[Run]:
+    """Return runs of the cell at that place, a seed for each of the seconds to the target."""
+    return [
+        replace(make_run(CELLS[place], place, seed), seconds=each, reached=not math.isinf(each))
+        for seed, each in enumerate(seconds)
+    ]
+
+
+SERIAL, CORES, SYNC, TORCH = timed(2, 60, 61, 62), timed(3, 40, 41, 42), timed(4, 41.5, 50, 51), timed(7, 70, 71, 72)
+
+
+def test_the_summary_names_ours_where_a_baseline_or_the_peer_is_soonest() -> None:
+    ours = "Of this package on several ranks, “sync, 2 ranks, batch 64” was soonest: "
+    text = summary_of([*SERIAL, *CORES, *SYNC, *TORCH])
+    assert "Soonest was “one rank, 2 threads, batch 64”: 41.0 [40.0–42.0] s" in text
+    assert "It is a baseline on one rank, with 2 threads. That is 1.49 [1.45–1.52] times as fast as serial SGD" in text
+    assert f"{ours}50.0 [41.5–51.0] s of training (median of 3 runs), 1.22 [1.20–1.47] times as fast as serial" in text
+    text = summary_of([*timed(2, 30, 31, 32), *CORES, *SYNC, *TORCH])
+    assert "It is a baseline on one rank, serial SGD (one rank, one thread), which nothing that was tried" in text
+    assert f"{ours}50.0" in text
+    text = summary_of([*timed(7, 30, 31, 32), *SYNC])
+    assert "Soonest was “torch DDP over Gloo, 2 ranks, batch 64”" in text
+    assert f"{ours}50.0 [41.5–51.0] s of training (median of 3 runs). " in text
+    assert "This package on several ranks was not part of this study." in summary_of([*SERIAL, *CORES])
+    lost = summary_of([*SERIAL, *timed(4, 50, math.inf)])
+    assert "No method of this package on several ranks reached the target in the median of its runs." in lost
+    assert ours not in summary_of([*SERIAL, *timed(4, 30, 31, 32)])
+
+
+def test_the_summary_names_those_whose_ranges_overlap_the_winners() -> None:
+    text = summary_of([*SERIAL, *CORES, *SYNC, *TORCH])
+    assert (
+        "The range over seeds of “one rank, 2 threads, batch 64” overlaps that of “sync, 2 ranks, batch 64”, so that "
+        "there is no difference to report between them."
+    ) in text
+    text = summary_of([*timed(2, 42, 43, 44), *timed(3, 40, 41, 42), *SYNC, *timed(7, 42, math.inf, math.inf)])
+    assert "overlaps those of “serial, batch 64” and “sync, 2 ranks, batch 64”, so that" in text
+    assert "overlap" not in summary_of([*CORES, *SERIAL, *TORCH])
+
+
+def test_a_peer_that_misses_the_target_or_was_not_measured() -> None:
+    half = summary_of([*SYNC, *timed(7, 50, math.inf)])
+    assert "PyTorch's DDP over Gloo did not reach the target in the median of its runs. " in half
+    other = [replace(run, cell=replace(run.cell, label="other")) for run in timed(7, math.inf)]
+    both = summary_of([*SYNC, *timed(7, math.inf), *other])
+    assert (
+        "PyTorch's DDP over Gloo did not reach the target in the median of its runs, in any of its 2 settings." in both
+    )
+    tuned = [replace(run, phase="tuning") for run in TORCH]
+    asked = {**HEAD["spec"], "baselines": {"torch_ddp": True, "serial_batches": [64]}}
+    for text in (summary_of([*SYNC, *tuned]), summary_of(SYNC, spec=asked)):
+        assert "PyTorch's DDP has no measured run." in text
+    assert "Serial SGD has no measured run, so that there is no speed-up" in summary_of(SYNC, spec=asked)
+
+
+def test_a_study_with_runs_missing_is_called_unfinished() -> None:
+    spec = {**HEAD["spec"], "seeds": 3}
+    tuned = [replace(run, phase="tuning") for run in TORCH]
+    text = summary_of([*SERIAL, *SYNC[:1], *tuned], spec=spec)
+    assert "This study is unfinished: it lacks 5 of the 9 measured runs of the methods that it has begun." in text
+    assert "it lacks 3 of the 3 measured runs" in summary_of(tuned, spec=spec)
+    assert "unfinished" not in summary_of([*SERIAL, *SYNC], spec=spec)
+
+
+def test_virtual_hosts_are_named_as_such() -> None:
+    linked = [replace(run, cell=replace(run.cell, network="1gbit")) for run in SYNC]
+    text = summary_of([*SERIAL, *linked])
+    assert "on one machine, with 3 seeds" in text
+    assert (
+        "1 of 2 methods ran on virtual hosts, network namespaces of this machine, with links limited to 1gbit." in text
+    )
+    assert "virtual" not in summary_of([*SERIAL, *SYNC])
 
 
 def test_the_summary_says_what_larger_batches_still_save(study: Study) -> None:
@@ -134,14 +208,17 @@ def summary_of_record(benchmark: str, rows: list[dict[str, Any]]) -> str:
 
 def test_sentences_of_what_a_run_withstands_and_takes() -> None:
     harms: list[dict[str, Any]] = [
-        {"rounds": 3, "finished": 1, "slowest_end_seconds": 2.0, "problems": []},
-        {"rounds": 2, "finished": 2, "slowest_end_seconds": None, "problems": ["late"]},
+        {"harm": "kill-rank", "rounds": 3, "resumed": 2, "finished": 1, "slowest_end_seconds": 2.0, "problems": []},
+        {"harm": "none", "rounds": 2, "resumed": 1, "finished": 2, "slowest_end_seconds": None, "problems": ["late"]},
     ]
     assert summary_of_record("chaos", harms) == (
-        "A training was started, harmed and resumed in 5 rounds; the slowest ended 2.00 s after the harm. 3 runs came "
-        "to the end with the parameters of the undisturbed one, bit for bit. Problems: 1."
+        "A training was started 5 times, harmed in 3 of these starts and resumed from a checkpoint in 3; the slowest "
+        "ended 2.00 s after the harm. 3 runs came to the end with the parameters of the undisturbed one, bit for bit. "
+        "Problems: 1."
     )
-    assert summary_of_record("chaos", harms[1:]).startswith("A training was started, harmed and resumed in 2 rounds. 2")
+    assert summary_of_record("chaos", harms[1:]).startswith(
+        "A training was started 2 times, harmed in 0 of these starts and resumed from a checkpoint in 1. 2 runs"
+    )
     assert summary_of_record("chaos", harms[:1]).endswith("Problems: none.")
     phases = {"launch": 0.02, "imports": 2.5, "total": 3.0, "help": 0.125, "interpreter": 9.0}
     shared = {"ranks": 2, "rounds": 7, "dataset": "digits"}
@@ -149,6 +226,36 @@ def test_sentences_of_what_a_run_withstands_and_takes() -> None:
         "2 ranks end their first step on digits 3.00 s after the launch (median of 7 rounds); the longest part is "
         "imports, 2.50 s. --help takes 0.125 s."
     )
+
+
+def test_sentences_of_strategies_that_are_as_good_as_each_other() -> None:
+    cases = {"sync": [0.9, 0.8, 0.7], "local": [0.7, 0.6, 0.5], "easgd": [0.69, 0.6, 0.6], "slowmo": [0.75, 0.7, 0.1]}
+    rows = [{"study": "s", "case": case, "test_accuracies": found, "diverged": 0} for case, found in cases.items()]
+    assert summary_of_record("strategies", rows).endswith(
+        "The range over seeds of “sync” overlaps those of “slowmo” and “local”, so that there is no difference to "
+        "report between them."
+    )
+
+
+def test_sentences_of_collectives_name_hosts_and_variants_and_leave_out_what_is_not_sound() -> None:
+    shared: dict[str, Any] = {"op": "all_reduce", "ranks": 2, "rounds": 6, "hosts": 1, "bytes": 4096}
+
+    def row(contender: str, milliseconds: float, variant: str = "in_place", **more: Any) -> dict[str, Any]:
+        what = {"contender": contender, "ours": contender == "auto", "variant": variant, "wrong": 0, "bypass": False}
+        return {**shared, **what, "median_seconds": milliseconds / 1e3, **more}
+
+    rows = [row("auto", 2), row("auto", 1, "shared_result"), row("gloo", 4), row("gloo", 0.5, bytes=1024)]
+    told = (
+        "An all-reduce of 4 KiB among 2 ranks on one machine takes 1.00 ms with this package (shared result), 2.00 ms "
+        "with this package (in place) and 4.00 ms with gloo (in place), in the median of 6 rounds."
+    )
+    assert summary_of_record("collectives", rows) == told
+    unsound = [row("mpi", 0.1, wrong=3), row("nccl", 0.1, bypass=True), row("auto", 0.1, bytes=8192, wrong=1)]
+    assert summary_of_record("collectives", [*rows, *unsound]) == (
+        f"{told} Left out for wrong results: 2 of 7 rows. Left out as more bytes passed than the links carry: 1 of 7 "
+        "rows."
+    )
+    assert "among 2 ranks on 4 hosts takes" in summary_of_record("collectives", [row("auto", 1, hosts=4)])
 
 
 def test_sentences_of_what_steps_cost_and_what_was_expected() -> None:
