@@ -14,7 +14,8 @@ A third of the times are drawn from the whole run, and the others, once it train
 
 A round is in order where all processes of the job have ended within the deadline after the harm, and what it left can
 be resumed; a course of rounds where its final parameters are those of the undisturbed run, bit for bit. The exit status
-is 1 where anything was not in order; the run's folder is then kept. What has no checkpoint yet begins anew.
+is 1 where anything was not in order; the run's folder is then kept. What has no checkpoint yet begins anew. Ended early
+by SIGINT or SIGTERM, it ends its ranks, and reports the rounds that are done.
 """
 
 import argparse
@@ -33,14 +34,12 @@ from tqdm import tqdm
 from allreduce_sgd.errors import ConfigError, counted
 from benchmarks.arguments import Parser, check_writable, positive_int, positive_number
 from benchmarks.chaos_rounds import HARMS, Chaos, Round
+from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
 from benchmarks.runs import RunFailed, find_mpirun
 from benchmarks.table import format_number, format_table
 
 __all__ = ["main", "rows_of", "table"]
-
-# In which nothing is done to the last run any more.
-_NEVER_SECONDS = 1e9
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -52,13 +51,30 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     folder = Path(tempfile.mkdtemp(prefix="allreduce-sgd-chaos-", dir=options.folder))
     chaos = Chaos(folder, options.ranks, _flags(options), options.deadline_seconds, random.Random(options.seed))
+    rounds: list[Round] = []
     try:
         chaos.undisturbed()
-    except (RunFailed, ConfigError) as problem:
+        for done in _rounds(chaos, options.rounds, options.minutes):
+            rounds.append(done)
+    except ConfigError as problem:
+        print(f"chaos: error: {problem}", file=sys.stderr)
+        return 2
+    except RunFailed as problem:
         print(f"chaos: the undisturbed run failed: {problem}", file=sys.stderr)
-        shutil.rmtree(folder)
         return 1
-    rounds = list(_rounds(chaos, options.rounds, options.minutes))
+    finally:
+        # Also where it is ended early: rounds that are done are worth telling.
+        if rounds:
+            _report(rounds, options, arguments)
+        in_order = all(done.problem is None for done in rounds)
+        if in_order:
+            shutil.rmtree(folder)
+        else:
+            print(f"kept: {folder}")
+    return 0 if in_order else 1
+
+
+def _report(rounds: Sequence[Round], options: argparse.Namespace, arguments: Sequence[str]) -> None:
     rows = rows_of(rounds)
     print(table(rows))
     problems = [done for done in rounds if done.problem is not None]
@@ -71,11 +87,6 @@ def main(arguments: Sequence[str]) -> int:
         print(f"course {done.course}, {done.harm}: {done.problem}")
     if options.json is not None:
         write_record(options.json, "chaos", arguments, rows)
-    if problems:
-        print(f"kept: {folder}")
-    else:
-        shutil.rmtree(folder)
-    return 1 if problems else 0
 
 
 def _rounds(chaos: Chaos, rounds: int, minutes: float | None) -> Iterator[Round]:
@@ -83,15 +94,14 @@ def _rounds(chaos: Chaos, rounds: int, minutes: float | None) -> Iterator[Round]
     until_seconds = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     with tqdm(total=rounds, unit="round", leave=False, disable=not sys.stderr.isatty()) as bar:
         for _ in range(rounds):
-            if time.monotonic() > until_seconds:
-                break
             done = chaos.round()
             bar.set_postfix_str(f"{done.course} runs at their end, last: {done.harm or 'nothing'}")
             bar.update()
             yield done
-        chaos.usual_seconds = chaos.train_seconds = _NEVER_SECONDS
+            if time.monotonic() > until_seconds:
+                break
         while chaos.run.exists():
-            yield chaos.round()
+            yield chaos.round(harmed=False)
 
 
 def rows_of(rounds: Sequence[Round]) -> list[dict[str, Any]]:
@@ -174,4 +184,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

@@ -27,6 +27,9 @@ _MARK = "ALLREDUCE_SGD_CHAOS"
 _POLL_SECONDS = 0.02
 # A run that resumes at its last step still has to end.
 _LEAST_LEFT = 1e-3
+_KILLING_SECONDS = 10
+# A whole run, in times of the deadline after which a harmed one has ended.
+_WHOLE_RUN = 20
 _FAILED_STATUS, _CONFIG_STATUS = 1, 2
 
 
@@ -67,13 +70,13 @@ class Chaos:
         """Train without any harm, to know what to come to, and how long it takes. Raises RunFailed."""
         began_seconds = time.monotonic()
         whole = self.folder / "undisturbed"
-        train(self.ranks, {**self.flags, "output": str(whole)}, int(20 * self.deadline_seconds))
+        train(self.ranks, {**self.flags, "output": str(whole)}, int(_WHOLE_RUN * self.deadline_seconds))
         self.usual_seconds = time.monotonic() - began_seconds
         summary = _summary(whole)
         self.parameters, self.train_seconds = summary["parameters_sha256"], summary["wall_seconds"]
 
-    def round(self) -> Round:
-        """Start or resume the present course, harm it, and wait for its end."""
+    def round(self, harmed: bool = True) -> Round:
+        """Start or resume the present course, harm it unless told not to, and wait for its end."""
         harm = self.draw.choices(list(self.harms), list(self.harms.values()))[0]
         done = Round(self.course, None)
         checkpoints = list((self.run / "checkpoints").glob("step-*"))
@@ -85,26 +88,26 @@ class Chaos:
             flags = {**self.flags, "output": str(self.run)}
         mark = str(uuid.uuid4())
         errors_file = self.folder / "errors"
-        with errors_file.open("w") as errors:
-            job = subprocess.Popen(
-                [*find_mpirun(), "-n", str(self.ranks), sys.executable, "-m", "allreduce_sgd.train", *words(flags)],
-                env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: mark},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
-                start_new_session=True,
-            )
         try:
-            self._wait_for_the_time(job, done.resumed_step)
-            if job.poll() is None:
-                self._do(harm, job, mark, done)
-            self._wait_for_the_end(job, mark, done)
+            with errors_file.open("w") as errors:
+                job = subprocess.Popen(
+                    [*find_mpirun(), "-n", str(self.ranks), sys.executable, "-m", "allreduce_sgd.train", *words(flags)],
+                    env={**os.environ, "OMP_NUM_THREADS": "1", _MARK: mark},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    start_new_session=True,
+                )
+            if harmed:
+                self._wait_for_the_time(job, done.resumed_step)
+                if job.poll() is None:
+                    self._do(harm, job, mark, done)
+                self._wait_for_the_end(job, mark, done, self.deadline_seconds)
+            else:
+                self._wait_for_the_end(job, mark, done, _WHOLE_RUN * self.deadline_seconds)
         finally:
-            for process in _processes(mark):
-                with contextlib.suppress(psutil.Error):
-                    process.kill()
-            job.wait()
-        self._judge(job.returncode, errors_file.read_text(errors="replace"), done)
+            _kill(mark)
+        self._judge(job.wait(), errors_file.read_text(errors="replace"), done)
         if done.finished:
             if done.problem is None:
                 shutil.rmtree(self.run)
@@ -146,13 +149,15 @@ class Chaos:
             with contextlib.suppress(psutil.Error):
                 victim.send_signal(number)
 
-    def _wait_for_the_end(self, job: "subprocess.Popen[bytes]", mark: str, done: Round) -> None:
+    def _wait_for_the_end(self, job: "subprocess.Popen[bytes]", mark: str, done: Round, limit_seconds: float) -> None:
         harmed_seconds = time.monotonic()
         # One that is asked for a checkpoint trains on until then, and one that nobody harmed until its end.
         while job.poll() is None or _processes(mark):
-            if time.monotonic() - harmed_seconds > self.deadline_seconds:
+            if time.monotonic() - harmed_seconds > limit_seconds:
                 left = [process.pid for process in _processes(mark)]
-                done.problem = f"not ended {self.deadline_seconds:g} s after {done.harm}: processes {left}"
+                span = f"{limit_seconds:g} s"
+                told = f"in {span}" if done.harm is None else f"{span} after {done.harm}"
+                done.problem = f"not ended {told}: processes {left}"
                 return
             time.sleep(_POLL_SECONDS)
         done.ended_after_seconds = time.monotonic() - harmed_seconds
@@ -188,6 +193,16 @@ def _processes(mark: str) -> list[psutil.Process]:
             if process.environ().get(_MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def _kill(mark: str) -> None:
+    """Kill what is left of the job with this mark, and wait until it is gone."""
+    limit_seconds = time.monotonic() + _KILLING_SECONDS
+    while (left := _processes(mark)) and time.monotonic() < limit_seconds:
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(_POLL_SECONDS)
 
 
 def _is_rank(process: psutil.Process) -> bool:

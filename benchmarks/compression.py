@@ -28,6 +28,7 @@ from tqdm import tqdm
 from allreduce_sgd.compression.options import CODECS
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_numbers
+from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
 from benchmarks.runs import RunFailed, bytes_per_step, find_mpirun, train
 from benchmarks.table import format_number, format_range, format_table
@@ -165,4 +166,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

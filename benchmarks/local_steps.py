@@ -3,8 +3,8 @@
 Local SGD with several periods, against the same strategy with a period that never ends: ranks that compute at once and
 exchange nothing. All take the same number of steps in every round, one after another, in one thread per rank.
 
-- ms per step   the maximum over ranks of the mean over a round's steps; median over rounds
-- ratio         median over rounds of that time / that of `never` in the same round
+- ms per step   the maximum over ranks of the mean over a round's steps; median over rounds [minimum–maximum]
+- ratio         median over rounds of that time / that of `never` in the same round; likewise
 - kB sent       bytes sent per rank and step, counted where they are sent; on one node read out of a peer's memory
 
 At the end of the rounds the models of all ranks are compared: averaged ones must be the same bits on all ranks.
@@ -39,7 +39,7 @@ from allreduce_sgd.strategies.options import StrategyOptions
 from allreduce_sgd.topology import discover, launcher_rank
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
 from benchmarks.record import write_record
-from benchmarks.table import format_number, format_table
+from benchmarks.table import format_number, format_range, format_table
 from benchmarks.workloads import WORKLOADS, Workload
 
 __all__ = ["main", "measure"]
@@ -89,18 +89,27 @@ def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[
     for period in options.periods:
         strategies[period].finish()
         common_sha256(strategies[period].model, comm)
-    return [
-        {
-            "workload": name,
-            "period": None if period == _NEVER else period,
-            "delay": 0 if period == _NEVER else options.delay,
-            "ranks": comm.size,
-            "median_seconds": statistics.median(times),
-            "ratio": statistics.median(one / never for one, never in zip(times, seconds[_NEVER], strict=True)),
-            "sent_bytes": sent[period],
-        }
-        for period, times in seconds.items()
-    ]
+    rows = []
+    for period, times in seconds.items():
+        ratios = [one / never for one, never in zip(times, seconds[_NEVER], strict=True)]
+        rows.append(
+            {
+                "workload": name,
+                "period": None if period == _NEVER else period,
+                "delay": 0 if period == _NEVER else options.delay,
+                "ranks": comm.size,
+                "rounds": options.rounds,
+                "steps": options.steps,
+                "median_seconds": statistics.median(times),
+                "minimum_seconds": min(times),
+                "maximum_seconds": max(times),
+                "ratio": statistics.median(ratios),
+                "minimum_ratio": min(ratios),
+                "maximum_ratio": max(ratios),
+                "sent_bytes": sent[period],
+            }
+        )
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -108,8 +117,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             row["workload"],
             "never" if row["period"] is None else str(row["period"]),
-            format_number(1e3 * row["median_seconds"]),
-            f"{row['ratio']:.3f}",
+            format_range([1e3 * row[f"{which}_seconds"] for which in ("minimum", "median", "maximum")]),
+            format_range([row["minimum_ratio"], row["ratio"], row["maximum_ratio"]]),
             format_number(None if row["sent_bytes"] is None else row["sent_bytes"] / 1e3),
         ]
         for row in rows

@@ -31,6 +31,7 @@ from typing import Any
 
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_writable, positive_int
+from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
 from benchmarks.runs import Flags, RunFailed, train
 from benchmarks.startup_rank import MARKS
@@ -101,9 +102,12 @@ def _commands(timeout_seconds: int) -> dict[str, float]:
     seconds = {}
     for name, words in _COMMANDS.items():
         started = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, *words], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=timeout_seconds
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *words], stdout=subprocess.DEVNULL, stdin=subprocess.DEVNULL, timeout=timeout_seconds
+            )
+        except subprocess.TimeoutExpired:
+            raise RunFailed(f"not finished after {timeout_seconds} s: python {' '.join(words)}") from None
         if done.returncode != 0:
             raise RunFailed(f"ended with status {done.returncode}: python {' '.join(words)}")
         seconds[name] = time.monotonic() - started
@@ -124,4 +128,5 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

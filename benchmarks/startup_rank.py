@@ -27,7 +27,7 @@ MARKS = ("launch", "imports", "MPI", "data", "building", "first step")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Train, write the seconds of each phase, and return the exit status of the training."""
+    """Train, write the seconds of each phase where it came to its end, and return the exit status of the training."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--marks", type=Path, required=True)
     parser.add_argument("--launched", type=float, required=True)
@@ -55,10 +55,11 @@ def main(arguments: Sequence[str]) -> int:
     Synchronous.step = marked_step  # type: ignore[method-assign]
     with contextlib.redirect_stdout(io.StringIO()):
         status = train.main(flags)
-    seconds = [after - before for before, after in itertools.pairwise(marks)]
-    (options.marks / f"rank-{launcher_rank(os.environ)}.json").write_text(
-        json.dumps(dict(zip(MARKS, seconds, strict=True)))
-    )
+    if status == 0:
+        seconds = [after - before for before, after in itertools.pairwise(marks)]
+        (options.marks / f"rank-{launcher_rank(os.environ)}.json").write_text(
+            json.dumps(dict(zip(MARKS, seconds, strict=True)))
+        )
     return status
 
 

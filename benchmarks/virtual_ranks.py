@@ -4,8 +4,8 @@ Steps of synchronous SGD with virtual ranks, some multiples of the ranks started
 same mini-batches: as the trainer has it by default, and with an optimizer that is not sharded, as virtual ranks need.
 All take the same number of steps in every round, in turns, in one thread per rank.
 
-- ms per step   the maximum over ranks of the mean over a round's steps; median over rounds
-- ratio         median over rounds of that time / that of `sync` in the same round
+- ms per step   the maximum over ranks of the mean over a round's steps; median over rounds [minimum–maximum]
+- ratio         median over rounds of that time / that of `sync` in the same round; likewise
 - kB sent       bytes sent per rank and step, counted where they are sent; on one node read out of a peer's memory
 - wrong         whether the parameters after a few steps differ from those of the same steps on one rank alone, in any
                 bit; for plain synchronous SGD, which promises only equal ones on all ranks, whether ranks differ
@@ -43,7 +43,7 @@ from allreduce_sgd.strategies.options import StrategyOptions
 from allreduce_sgd.topology import discover, launcher_rank
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
 from benchmarks.record import write_record
-from benchmarks.table import format_number, format_table
+from benchmarks.table import format_number, format_range, format_table
 from benchmarks.workloads import WORKLOADS, Workload
 
 __all__ = ["main", "measure", "table"]
@@ -95,22 +95,30 @@ def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[
             seconds[each].append(_round(strategies[each], shares[each], comm, options.steps))
             after = comm.traffic.bytes_sent
             sent[each] = None if before is None or after is None else (after - before) / options.steps
-    return [
-        {
-            "workload": name,
-            "contender": each.name,
-            "virtual_ranks": each.virtual_ranks,
-            "ranks": comm.size,
-            "global_batch_size": len(batch[0]),
-            "median_seconds": statistics.median(seconds[each]),
-            "ratio": statistics.median(
-                one / plain for one, plain in zip(seconds[each], seconds[contenders[0]], strict=True)
-            ),
-            "sent_bytes": sent[each],
-            "wrong": _wrong(workload, batch, comm, each),
-        }
-        for each in contenders
-    ]
+    rows = []
+    for each in contenders:
+        times = seconds[each]
+        ratios = [one / plain for one, plain in zip(times, seconds[contenders[0]], strict=True)]
+        rows.append(
+            {
+                "workload": name,
+                "contender": each.name,
+                "virtual_ranks": each.virtual_ranks,
+                "ranks": comm.size,
+                "global_batch_size": len(batch[0]),
+                "rounds": options.rounds,
+                "steps": options.steps,
+                "median_seconds": statistics.median(times),
+                "minimum_seconds": min(times),
+                "maximum_seconds": max(times),
+                "ratio": statistics.median(ratios),
+                "minimum_ratio": min(ratios),
+                "maximum_ratio": max(ratios),
+                "sent_bytes": sent[each],
+                "wrong": _wrong(workload, batch, comm, each),
+            }
+        )
+    return rows
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -118,8 +126,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             row["workload"],
             row["contender"] if row["virtual_ranks"] is None else f"{row['virtual_ranks']} virtual ranks",
-            format_number(1e3 * row["median_seconds"]),
-            f"{row['ratio']:.3f}",
+            format_range([1e3 * row[f"{which}_seconds"] for which in ("minimum", "median", "maximum")]),
+            format_range([row["minimum_ratio"], row["ratio"], row["maximum_ratio"]]),
             format_number(None if row["sent_bytes"] is None else row["sent_bytes"] / 1e3),
             "wrong" if row["wrong"] else "no",
         ]

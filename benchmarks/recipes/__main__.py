@@ -20,6 +20,7 @@ from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_plotting, check_writable, positive_int
 from benchmarks.course.runs import Course
+from benchmarks.interrupts import ended_in_order
 from benchmarks.recipes.catalogue import RECIPES
 from benchmarks.recipes.recipe import Finding, Recipe, Scale
 from benchmarks.record import write_record
@@ -181,4 +182,5 @@ def _or_none(value: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ended_in_order():
+        sys.exit(main(sys.argv[1:]))

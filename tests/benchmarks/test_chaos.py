@@ -5,13 +5,25 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks.chaos import main, rows_of, table
 from benchmarks.chaos_rounds import Chaos, Round
-from tests.launching import environment_with
+from tests.benchmarks.stand_in_launcher import stand_in_launcher
+from tests.launching import environment_with, finish, start
+
+# Runs end at once with the same parameters, but for the third, which does not end by itself.
+ENDLESS_AFTER_TWO = """\
+while [ "$1" != --output ]; do shift; done
+echo $$ > "$STARTED"
+mkdir "$2"
+case "$2" in *course-2) exec sleep 600;; esac
+echo '{"parameters_sha256": "abc", "wall_seconds": 0.01}' > "$2/new" && mv "$2/new" "$2/summary.json"
+"""
 
 
 def test_rounds_end_and_come_to_the_parameters_of_the_undisturbed_run(tmp_path: Path) -> None:
@@ -34,6 +46,51 @@ def test_rounds_end_and_come_to_the_parameters_of_the_undisturbed_run(tmp_path: 
     assert all(row["problems"] == [] for row in rows)
     assert "with the parameters of the undisturbed run; 0 problems" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
+
+
+def test_a_call_that_is_ended_early_tells_the_rounds_that_are_done(tmp_path: Path) -> None:
+    record, started, folder = tmp_path / "record.json", tmp_path / "started", tmp_path / "runs"
+    folder.mkdir()
+    environment = {"MPIRUN": stand_in_launcher(tmp_path, ENDLESS_AFTER_TWO), "STARTED": str(started)}
+    process = start(None, ["-m", "benchmarks.chaos", "--folder", str(folder), "--json", str(record)], environment)
+    limit_seconds = time.monotonic() + 60
+    while not list(folder.glob("*/course-2")) and process.poll() is None and time.monotonic() < limit_seconds:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    done = finish(process, time.monotonic(), 60)
+    assert done.status == 128 + signal.SIGTERM
+    assert done.errors == ""
+    rows = json.loads(record.read_text())["rows"]
+    assert sum(row["finished"] for row in rows) == 2
+    rounds = sum(row["rounds"] for row in rows)
+    assert f"{rounds} rounds of 500, seed 0: 2 runs came to the end with the parameters" in done.output
+    assert list(folder.iterdir()) == []
+    assert _has_ended(int(started.read_text()))
+
+
+def _has_ended(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_a_last_round_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MPIRUN", stand_in_launcher(tmp_path, "exec sleep 600"))
+    chaos = Chaos(tmp_path, 2, {"steps": 10}, 0.02, random.Random(0))
+    done = chaos.round(harmed=False)
+    assert (done.harm, done.status, chaos.course) == (None, -signal.SIGKILL, 1)
+    assert str(done.problem).startswith("not ended in 0.4 s: processes [")
+
+
+def test_what_training_refuses_is_a_bad_argument(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = "echo 'allreduce-sgd: error: --strategy: unknown' >&2; exit 2"
+    monkeypatch.setenv("MPIRUN", stand_in_launcher(tmp_path, refusal))
+    assert main(["--strategy", "nonsense", "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "chaos: error: --strategy: unknown\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["mpirun"]
 
 
 def test_what_is_not_in_order_is_seen(tmp_path: Path) -> None:

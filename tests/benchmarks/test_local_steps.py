@@ -1,6 +1,7 @@
 """Steps of local SGD against steps without communication: the table, and a run on two ranks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,18 @@ def test_the_record_of_two_ranks(tmp_path: Path) -> None:
     assert done.status == 0, done.errors
     never, two, four = json.loads(record.read_text())["rows"]
     assert (never["period"], two["period"], four["period"]) == (None, 2, 4)
-    assert never["ratio"] == 1
+    assert never["minimum_ratio"] == never["ratio"] == never["maximum_ratio"] == 1
+    for row in (never, two, four):
+        assert (row["rounds"], row["steps"]) == (2, 8)
+        assert 0 < row["minimum_seconds"] < row["median_seconds"] < row["maximum_seconds"]
+    assert two["minimum_ratio"] < two["ratio"] < two["maximum_ratio"]
     assert never["sent_bytes"] < 100
     # 8 steps have 4 exchanges or 2; each comes after a barrier, which costs some bytes.
     assert two["sent_bytes"] == pytest.approx(2 * four["sent_bytes"], rel=0.01)
-    assert table([never, two, four]).splitlines()[2].split()[1] == "never"
+    lines = table([never, two, four]).splitlines()
+    assert lines[2].split()[1] == "never"
+    # The median and the range of the time, and those of the ratio.
+    assert re.search(r" \S+ \[\S+–\S+\] +\S+ \[\S+–\S+\] ", lines[3])
 
 
 def test_bad_arguments_are_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

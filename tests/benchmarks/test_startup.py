@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import startup
 from benchmarks.startup import main
 from tests.launching import ROOT, environment_with
 
@@ -47,6 +48,22 @@ def test_phases_are_measured_on_all_ranks(
 def test_bad_arguments_are_told_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--rounds", "0"]) == 2
     assert capsys.readouterr().err == "startup: error: --rounds: '0' is not a whole number of at least 1\n"
+
+
+def test_what_training_refuses_is_told_in_a_line(own_environment: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset", "imagenet", "--ranks", "1", "--rounds", "1"]) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("startup: error: --dataset imagenet: ")
+    assert len(errors.splitlines()) == 1
+
+
+def test_a_command_that_does_not_end_is_told_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(startup, "_training", lambda ranks, dataset, timeout_seconds: {})
+    monkeypatch.setattr(startup, "_COMMANDS", {"help": ["-c", "import time; time.sleep(60)"]})
+    assert main(["--rounds", "1", "--timeout-seconds", "1"]) == 1
+    assert capsys.readouterr().err == "startup: a run not finished after 1 s: python -c import time; time.sleep(60)\n"
 
 
 def test_help_imports_nothing_that_is_slow_to_load() -> None:
