@@ -2,6 +2,7 @@
 
 import importlib
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -16,6 +17,9 @@ __all__ = ["summarise_record"]
 
 _Rows = Sequence[Mapping[str, Any]]
 
+_ENDS = ("batch", "lr", "momentum", "optimizer")
+_LEAST = ("epoch_time", "epochs_to_target")
+"""The figures of the course whose curves are told by their last, and by their least, value."""
 _PEERS = (("allreduce_sgd", "with this package"), ("torch_ddp_gloo", "with PyTorch's DDP over Gloo"))
 
 
@@ -131,7 +135,7 @@ def _compression(record: Record) -> str:
 
 def _scaling(record: Record) -> str:
     """Say how far predicted step times were from measured ones, and how many points are simulated."""
-    sentences = []
+    sentences = _profile(record)
     validated = [row for row in record.rows if row["kind"] == "validation"]
     places = ((False, "with at most as many ranks as cores"), (True, "with more ranks than cores"))
     ways = (("modelled", "predicted from other models and batches"), ("measured", "given their computing alone"))
@@ -161,9 +165,40 @@ def _scaling(record: Record) -> str:
     return " ".join(sentences)
 
 
+def _profile(record: Record) -> list[str]:
+    """Say what was measured for predictions to start from, in a record that holds nothing else."""
+    parts = [row for row in record.rows if row["kind"] == "profile"]
+    if not parts or len(parts) < len(record.rows):
+        return []
+    machine = next(row for row in parts if row["part"] == "machine")
+    names = listing([row["workload"] for row in parts if row["part"] == "compute"])
+    where = f"{count(machine['ranks'], 'rank')} on {count(machine['cores'], 'core')}"
+    return [f"Measured, to predict from: computing of {names}, and all-reduces, with {where}."]
+
+
 def _course(record: Record) -> str:
-    titles = dict.fromkeys(str(row.get("title") or row["figure"]) for row in record.rows)
-    return f"Drawn: {'; '.join(titles)}."
+    """Say where the curves of each figure end, or at which x they are lowest; the others are named."""
+    sentences, drawn = [], []
+    for figure in dict.fromkeys(row["figure"] for row in record.rows):
+        rows = [row for row in record.rows if row["figure"] == figure]
+        title = str(rows[0].get("title") or figure)
+        if figure not in _ENDS and figure not in _LEAST:
+            drawn.append(title)
+            continue
+        where = ", at the end" if figure in _ENDS else f", least {rows[0]['y_label']}"
+        sentences.append(f"{title}{where}: {listing(_points(rows, figure in _LEAST))}.")
+    return " ".join([*sentences, f"Drawn: {'; '.join(drawn)}." if drawn else ""]).strip()
+
+
+def _points(rows: _Rows, least: bool) -> list[str]:
+    """Return the last, or least, value of each curve, in ascending order."""
+    ends = []
+    for row in rows:
+        values = [math.inf if value is None else value for value in row["y"]]
+        place = values.index(min(values)) if least else len(values) - 1
+        at = f" at {row['x'][place]:,g}" if least and not math.isinf(values[place]) else ""
+        ends.append((values[place], f"{format_number(values[place])}{at} with {row['series']}"))
+    return [told for _, told in sorted(ends)]
 
 
 def _layer_costs(record: Record) -> str:

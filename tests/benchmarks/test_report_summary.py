@@ -172,6 +172,36 @@ def test_the_fastest_serial_cell_is_the_baseline(study: Study) -> None:
     assert not math.isinf(best.seconds)
 
 
+def test_what_the_curves_of_the_course_come_to() -> None:
+    def curve(figure: str, series: str, y: list[float | None]) -> dict[str, Any]:
+        titles = {"lr": "Loss by rate", "epoch_time": "Time of an epoch", "noise_ball": "Noise ball"}
+        return {"figure": figure, "title": titles[figure], "series": series, "x": [16, 1024], "y": y, "y_label": "s"}
+
+    rows = [
+        curve("lr", "η = 0.1", [0.5, 0.25]),
+        curve("lr", "η = 1", [0.5, None]),
+        curve("lr", "η = 0.3", [0.5, 0.125]),
+        curve("epoch_time", "1 rank", [2.0, 4.0]),
+        curve("epoch_time", "2 ranks", [3.0, 1.5]),
+        curve("noise_ball", "subsets", [1.0, 1.0]),
+    ]
+    assert summarise_record(Record({"benchmark": "course"}, tuple(rows))) == (
+        "Loss by rate, at the end: 0.125 with η = 0.3, 0.250 with η = 0.1 and ∞ with η = 1. "
+        "Time of an epoch, least s: 1.50 at 1,024 with 2 ranks and 2.00 at 16 with 1 rank. Drawn: Noise ball."
+    )
+
+
+def test_a_profile_alone_tells_what_was_measured() -> None:
+    rows = [
+        {"kind": "profile", "part": "machine", "ranks": 2, "cores": 2},
+        {"kind": "profile", "part": "compute", "workload": "cnn-b16"},
+        {"kind": "profile", "part": "compute", "workload": "mlp512-b64"},
+    ]
+    assert summarise_record(Record({"benchmark": "scaling"}, tuple(rows))) == (
+        "Measured, to predict from: computing of cnn-b16 and mlp512-b64, and all-reduces, with 2 ranks on 2 cores."
+    )
+
+
 def test_sentences_of_records() -> None:
     steps = [{**row, "ratio": ratio} for row, ratio in zip(STEPS, (1.0, 1.25, 2.5), strict=True)]
     assert summarise_record(Record({"benchmark": "step_time"}, tuple(steps))) == (
