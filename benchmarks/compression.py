@@ -30,7 +30,7 @@ from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_numbers
 from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
-from benchmarks.runs import RunFailed, bytes_per_step, find_mpirun, train
+from benchmarks.runs import RunFailed, bytes_per_step, check_same, find_mpirun, train
 from benchmarks.table import format_number, format_range, format_table
 
 __all__ = ["main", "rows_of", "table"]
@@ -109,15 +109,18 @@ def _run_all(options: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
         for codec, seed in bar:
             bar.set_postfix_str(f"{codec}, seed {seed}")
             folder = options.output / f"{codec}-seed{seed}"
-            if not (folder / "summary.json").exists():
+            flags = dict(_flags(options, codec, seed))
+            if (folder / "summary.json").exists():
+                check_same(folder, flags)
+            else:
                 # What an interrupted run left behind.
                 shutil.rmtree(folder, ignore_errors=True)
-                train(options.ranks, dict(_flags(options, codec, seed, folder)), options.timeout_seconds)
+                train(options.ranks, {**flags, "output": str(folder)}, options.timeout_seconds)
             summaries[codec].append(json.loads((folder / "summary.json").read_text(encoding="utf-8")))
     return summaries
 
 
-def _flags(options: argparse.Namespace, codec: str, seed: int, folder: Path) -> Iterator[tuple[str, str | int | float]]:
+def _flags(options: argparse.Namespace, codec: str, seed: int) -> Iterator[tuple[str, str | int | float]]:
     yield "dataset", options.dataset
     if options.data_dir is not None:
         yield "data-dir", str(options.data_dir)
@@ -134,7 +137,6 @@ def _flags(options: argparse.Namespace, codec: str, seed: int, folder: Path) -> 
     if codec == "dgc":
         yield "compression-warmup-steps", options.warmup_steps
     yield "log-every", 100
-    yield "output", str(folder)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -168,10 +168,10 @@ def _run_all(
     measured = [(cell, lr, seed) for cell in cells for lr in rates_of(spec, cell) for seed in seeds]
     for each in (*tuning, *measured):
         check_finished(spec, output, *each)
-    everything = all_cells(spec, len(os.sched_getaffinity(0)))
+    rates_of_all = {cell: rates_of(spec, cell) for cell in all_cells(spec, len(os.sched_getaffinity(0)))}
     try:
         (output / RUNS).mkdir(parents=True, exist_ok=True)
-        results = ResultsFile(output / "results.jsonl", {**head, "spec": dataclasses.asdict(spec)}, everything)
+        results = ResultsFile(output / "results.jsonl", {**head, "spec": dataclasses.asdict(spec)}, rates_of_all)
     except OSError as problem:
         raise ConfigError(f"--output {output}: cannot write there: {problem.strerror}") from problem
     runs: list[Run] = []

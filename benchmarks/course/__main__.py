@@ -19,7 +19,7 @@ from allreduce_sgd.data.options import DataOptions
 from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.errors import ConfigError
 from benchmarks.arguments import Parser, check_plotting, check_writable, fraction, positive_int, positive_ints
-from benchmarks.course.figures import FIGURES
+from benchmarks.course.figures import FIGURES, timed_batch_sizes
 from benchmarks.course.runs import Course, Job
 from benchmarks.interrupts import ended_in_order
 from benchmarks.record import write_record
@@ -103,7 +103,7 @@ def _course(options: argparse.Namespace) -> Course:
         raise ConfigError(
             f"--dataset {options.dataset}: has {train_samples} training samples; at least {_FEWEST_SAMPLES} are needed"
         )
-    return Course(
+    course = Course(
         dataset=options.dataset,
         data_dir=options.data_dir,
         train_samples=train_samples,
@@ -115,6 +115,16 @@ def _course(options: argparse.Namespace) -> Course:
         timeout_seconds=options.timeout_seconds,
         output=options.output,
     )
+    seen = course.epochs * train_samples
+    if seen < course.interval_samples and any(FIGURES[name].series for name in options.figures):
+        raise ConfigError(
+            f"--epochs {course.epochs}: {seen} samples make no point of a loss curve; at least "
+            f"{course.interval_samples} are needed"
+        )
+    for ranks in options.ranks if "epoch_time" in options.figures else ():
+        if not timed_batch_sizes(course, ranks):
+            raise ConfigError(f"--ranks {ranks}: no mini-batch of epoch_time has a sample for each of them here")
+    return course
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

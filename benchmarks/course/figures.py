@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.course.noise_ball import noise_ball
 from benchmarks.course.runs import Course, Job, evaluations, training_losses
 
-__all__ = ["FIGURES", "Figure"]
+__all__ = ["FIGURES", "Figure", "timed_batch_sizes"]
 
 Rows = list[dict[str, Any]]
 
@@ -111,7 +111,7 @@ def _epoch_times(course: Course) -> Rows:
     cores = len(os.sched_getaffinity(0))
     rows = []
     for ranks in course.ranks:
-        jobs = [_timed_job(batch, ranks) for batch in _timed(course, ranks)]
+        jobs = [_timed_job(batch, ranks) for batch in timed_batch_sizes(course, ranks)]
         folders = [course.folders(job) for job in jobs]
         points = [[_seconds_of_last_epoch(folder) for folder in each] for each in folders]
         told = f"{ranks} rank{'s' if ranks > 1 else ''}"
@@ -134,7 +134,8 @@ def _epoch_times(course: Course) -> Rows:
     return rows
 
 
-def _timed(course: Course, ranks: int) -> list[int]:
+def timed_batch_sizes(course: Course, ranks: int) -> list[int]:
+    """Return the mini-batches of epoch_time that have a sample for each of so many ranks."""
     return [batch for batch in _fitting(course, _TIMED_BATCH_SIZES) if batch >= ranks]
 
 
@@ -239,7 +240,9 @@ FIGURES: Mapping[str, Figure] = MappingProxyType(
             f"batch {_BATCH_SIZE}",
         ),
         "epoch_time": Figure(
-            lambda course: [_timed_job(batch, ranks) for ranks in course.ranks for batch in _timed(course, ranks)],
+            lambda course: [
+                _timed_job(batch, ranks) for ranks in course.ranks for batch in timed_batch_sizes(course, ranks)
+            ],
             _epoch_times,
         ),
         "epochs_to_target": Figure(_target_jobs, _epochs_to_target),

@@ -159,7 +159,8 @@ def _scaling(record: Record) -> str:
             row = advice[choice]
             sentences.append(
                 f"Simulated, not measured, {choice}: {count(row['ranks'], 'rank')} with batch "
-                f"{row['global_batch']:,.0f} reach the target in {format_number(row['seconds_to_target'])} s, "
+                f"{row['global_batch']:,.0f}{', beyond those of the study,' if row.get('beyond_study') else ''} reach "
+                f"the target in {format_number(row['seconds_to_target'])} s, "
                 f"{format_number(row['speed_up_to_accuracy'])} times as soon as one rank at its best batch."
             )
     return " ".join(sentences)
@@ -168,11 +169,11 @@ def _scaling(record: Record) -> str:
 def _profile(record: Record) -> list[str]:
     """Say what was measured for predictions to start from, in a record that holds nothing else."""
     parts = [row for row in record.rows if row["kind"] == "profile"]
-    if not parts or len(parts) < len(record.rows):
+    machines = [row for row in parts if row["part"] == "machine"]
+    if not machines or len(parts) < len(record.rows):
         return []
-    machine = next(row for row in parts if row["part"] == "machine")
     names = listing([row["workload"] for row in parts if row["part"] == "compute"])
-    where = f"{count(machine['ranks'], 'rank')} on {count(machine['cores'], 'core')}"
+    where = f"{count(machines[0]['ranks'], 'rank')} on {count(machines[0]['cores'], 'core')}"
     return [f"Measured, to predict from: computing of {names}, and all-reduces, with {where}."]
 
 

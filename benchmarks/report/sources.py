@@ -122,10 +122,11 @@ def _commits(content: Study | Record) -> str | None:
     """Name the commits that made a study's runs, where it went on with another than it began with."""
     if not isinstance(content, Study):
         return None
-    found = Counter(run.commit for run in content.runs if run.commit is not None)
-    if set(found) <= {content.head.get("commit")}:
+    found = Counter(run.commit for run in content.runs)
+    # Older files tell of no run which commit made it.
+    if set(found) <= {None} or set(found) <= {content.head.get("commit")}:
         return None
-    return ", ".join(f"{commit} ({counted(runs, 'run')})" for commit, runs in found.items())
+    return ", ".join(f"{commit or 'not noted'} ({counted(runs, 'run')})" for commit, runs in found.items())
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -217,7 +217,8 @@ def _limits(study: Study, cells: Sequence[Measured]) -> str:
             f"{count(len(crowded), 'method')} ran more threads than the machine has cores ({cores}): the seconds of "
             f"{'this one' if len(crowded) == 1 else 'these'} tell of the scheduler, the samples do not."
         )
-    if str(study.head.get("commit")).endswith("-dirty"):
+    commits = {run.commit or study.head.get("commit") for run in study.runs}
+    if any(str(commit).endswith("-dirty") for commit in commits):
         sentences.append("The code differed from the commit that is named.")
     return " ".join(sentences)
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal
 
 from allreduce_sgd.errors import ConfigError
 from allreduce_sgd.strategies.options import PERIODS
@@ -35,6 +35,8 @@ class Method:
 
 
 SYNCHRONOUS = Method()
+_DATASET = "fashion-mnist"
+"""Workloads have inputs of its size."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Steps:
 class Accuracy:
     """`measured`: the median steps by method, ranks and global batch, infinite where most runs missed the target.
 
-    `fit` is where the constants come from, None where they were given; `model` what the study trained.
+    `fit` is where the constants come from, and `trained` what was trained for it, as workloads are called; None where
+    they were given.
     """
 
     s_min: float
@@ -63,7 +66,7 @@ class Accuracy:
     source: str
     measured: Mapping[tuple[Method, int, int], float] = field(default_factory=lambda: MappingProxyType({}))
     fit: Fit | None = None
-    model: str | None = None
+    trained: str | None = None
 
     def steps(self, method: Method, ranks: int, batch: float) -> Steps:
         """Return the steps to the target with `batch` samples of all ranks together in each."""
@@ -81,7 +84,10 @@ class Accuracy:
 
 def from_study(flag: str, path: Path) -> Accuracy:
     """Fit the hyperbola to a study's synchronous runs. Raises ConfigError where it cannot be."""
-    study = read_study(path)
+    try:
+        study = read_study(path)
+    except ConfigError as problem:
+        raise ConfigError(f"{flag} {problem}") from problem
     try:
         fit = fit_hyperbola(points_of(study))
     except ValueError as problem:
@@ -100,7 +106,16 @@ def from_study(flag: str, path: Path) -> Accuracy:
         f"B_crit {fit.b_crit:.4g} [{format_number(b_low)}–{format_number(b_high)}], "
         f"{fit.n} runs, {fit.missed} more missed it, batches {smallest:,} to {largest:,}"
     )
-    return Accuracy(fit.s_min, fit.b_crit, source, MappingProxyType(measured), fit, study.head["spec"].get("model"))
+    return Accuracy(fit.s_min, fit.b_crit, source, MappingProxyType(measured), fit, _trained(study.head["spec"]))
+
+
+def _trained(spec: Mapping[str, Any]) -> str:
+    """Return the study's model as a workload is called where there is such a one, else a description."""
+    model, hidden, dataset = (str(spec.get(name)) for name in ("model", "hidden", "dataset"))
+    if dataset != _DATASET:
+        return f"{model} on {dataset}"
+    widths = hidden.split(",")
+    return f"mlp{widths[0]}" if model == "mlp" and len(widths) == 2 and widths[0] == widths[1] else model
 
 
 def _method_of(cell: Cell) -> Method | None:

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str]) -> int:
     accuracy = accuracy_of(options)
     if accuracy is None:
         raise ConfigError("--study: advice needs a target: a study's results, or --s-min and --b-crit")
-    (work,) = workloads_of(options.workload, profile)[:1]
+    if options.workload is not None and "," in options.workload:
+        raise ConfigError(f"--workload {options.workload}: advice is for one; choose one")
+    work = workloads_of("--workload", options.workload, profile)[0]
     check_model("--workload", accuracy, work)
     connection = connect_ranks(options, profile)
     predictor = Predictor(
@@ -99,7 +101,9 @@ def _recommend(rows: Sequence[Row], min_efficiency: float) -> list[Row]:
         wanted = factor * best["global_batch"]
         add(name, [row for row in same if row["strategy"] == "sync" and row["global_batch"] == wanted])
     for strategy in ("local", "delayed"):
-        add(strategy, [row for row in same if row["strategy"] == strategy])
+        mine = [row for row in same if row["strategy"] == strategy]
+        # What runs told, be it that they missed the target, counts before what is assumed of other batches.
+        add(strategy, [row for row in mine if row["steps_basis"] != "assumed"] or mine)
     for size in sorted({row["bucket_mb"] for row in twins}):
         add(f"buckets of {size:g} MiB", [row for row in twins if row["bucket_mb"] == size])
     chosen[0]["reasons"] = _reasons(best, min_efficiency, bool(efficient))
@@ -126,10 +130,17 @@ def _reasons(best: Row, min_efficiency: float, met: bool) -> list[str]:
         reasons.append(f"more ranks or other batches are slower, or use ranks to less than {min_efficiency:.0%}")
     else:
         reasons.append(f"nothing uses its ranks to {min_efficiency:.0%}: this is the soonest of all")
-    if best["statistical_efficiency"] < best["scaling_efficiency"]:
-        reasons.append("the batch costs more than the network: ranks are limited by B_crit")
-    else:
-        reasons.append("the network and stragglers cost more than the batch")
+    if best["ranks"] > 1:
+        computing = 1 - share - slowest
+        kept = {
+            "that larger batches need more samples": best["statistical_efficiency"],
+            "the network and the slowest rank": computing,
+            "that a rank computes slower on fewer samples": best["hardware_efficiency"] / best["ranks"] / computing,
+        }
+        worst = min(kept, key=kept.__getitem__)
+        reasons.append(f"what costs most is {worst}, {1 - kept[worst]:.0%}")
+    if best["baseline_beyond_study"]:
+        reasons.append("the batch of the one rank is smaller or larger than all of the study")
     return reasons
 
 

@@ -1,7 +1,7 @@
 """The codecs that predictions know: bytes sent for each byte of a float32 gradient, by the definition of their formats.
 
-fp16 and bf16 have half; int8 a quarter and sign a 32nd, with a scale of 4 bytes for every 256 elements: what they send
-adds up as the two halves of an all-reduce of the coded form. top-k sends a value and an index, 8 bytes, for one element
+fp16 and bf16 have half; int8 a quarter and sign a 32nd, with a scale of 4 bytes for every 256 elements: they are sent
+in the two phases of `compression.quantized`. top-k sends a value and an index, 8 bytes, for one element
 in a hundred, and these are gathered from all ranks. What encoding and decoding takes is the profile's where `measure`
 timed it; elsewhere it is what the user says, or left out.
 """
@@ -15,12 +15,12 @@ from benchmarks.scaling.stepping import NO_CODEC, Codec
 
 __all__ = ["CODEC_NAMES", "codec_of"]
 
-_FORMS: Mapping[str, tuple[float, Literal["reduce", "gather"]]] = MappingProxyType(
+_FORMS: Mapping[str, tuple[float, Literal["two phases", "gather"]]] = MappingProxyType(
     {
-        "fp16": (1 / 2, "reduce"),
-        "bf16": (1 / 2, "reduce"),
-        "int8": (1 / 4 + 1 / 256, "reduce"),
-        "sign": (1 / 32 + 1 / 256, "reduce"),
+        "fp16": (1 / 2, "two phases"),
+        "bf16": (1 / 2, "two phases"),
+        "int8": (1 / 4 + 1 / 256, "two phases"),
+        "sign": (1 / 32 + 1 / 256, "two phases"),
         "top-k": (2 / 100, "gather"),
     }
 )

@@ -128,9 +128,9 @@ def accuracy_of(options: argparse.Namespace) -> Accuracy | None:
 
 
 def check_model(flag: str, accuracy: Accuracy, work: Compute) -> None:
-    """Raise ConfigError where a study trained another kind of model than the one whose steps are timed."""
-    if accuracy.model is not None and not work.model.startswith(accuracy.model):
-        raise ConfigError(f"{flag} {work.workload}: the study trained another model, {accuracy.model}")
+    """Raise ConfigError where a study trained another model, or on other inputs, than the one whose steps are timed."""
+    if accuracy.trained not in (None, work.model):
+        raise ConfigError(f"{flag} {work.workload}: --study trained another model, {accuracy.trained}")
 
 
 def _prices_of(text: str) -> tuple[float, float]:

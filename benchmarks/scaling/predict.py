@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     accuracy = accuracy_of(options)
     plans = [plan_of(name, options, profile) for name in options.strategies]
     rows: list[dict[str, Any]] = []
-    workloads = workloads_of(options.workloads, profile)
+    workloads = workloads_of("--workloads", options.workloads, profile)
     if accuracy is not None and len({each.model for each in workloads}) > 1:
         raise ConfigError("--workloads: a target is that of one model; choose one")
     if accuracy is not None:
@@ -64,21 +64,21 @@ def plan_of(strategy: str, options: argparse.Namespace, profile: Profile) -> Pla
     codec = codec_of(options.compression, profile, options.codec_ns_per_byte)
     sizes = {"bucket_mb": options.bucket_mb, "first_bucket_mb": min(1.0, options.bucket_mb), "codec": codec}
     if strategy == "local":
-        if options.delay is not None and options.delay >= options.period:
-            raise ConfigError(f"--delay {options.delay}: in local SGD less than --period {options.period}")
         delay = 0 if options.delay is None or "delayed" in options.strategies else options.delay
+        if delay >= options.period:
+            raise ConfigError(f"--delay {delay}: in local SGD less than --period {options.period}")
         return Plan("local", options.period, delay, **sizes)
     if strategy == "delayed":
         return Plan("delayed", 1, options.delay or 1, **sizes)
     return Plan("sync", **sizes)
 
 
-def workloads_of(text: str | None, profile: Profile) -> list[Compute]:
+def workloads_of(flag: str, text: str | None, profile: Profile) -> list[Compute]:
     """Return one measurement of each workload that is asked for, by default of each model."""
     if text is None:
         return list({each.model: each for each in profile.computes}.values())
     known = {each.workload: each for each in profile.computes}
-    return [known[name] for name in names("--workloads", text, tuple(known))]
+    return [known[name] for name in names(flag, text, tuple(known))]
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:

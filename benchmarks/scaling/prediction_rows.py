@@ -28,11 +28,12 @@ _BASELINE_BATCHES = tuple(1 << power for power in range(14))
 
 @dataclass(frozen=True)
 class Baseline:
-    """One rank alone, at the batch with which it reaches the target soonest."""
+    """One rank alone, at the batch with which it reaches the target soonest; `beyond` as in Steps."""
 
     batch_size: int
     seconds: float
     samples: float
+    beyond: bool
 
     @property
     def samples_per_second(self) -> float:
@@ -59,9 +60,9 @@ class Predictor:
             return None
         found = []
         for batch in _BASELINE_BATCHES:
-            steps = self.accuracy.steps(SYNCHRONOUS, 1, batch).count
-            seconds = steps * compute_at(self.profile.computes, self.model, batch).seconds
-            found.append(Baseline(batch, seconds, steps * batch))
+            steps = self.accuracy.steps(SYNCHRONOUS, 1, batch)
+            seconds = steps.count * compute_at(self.profile.computes, self.model, batch).seconds
+            found.append(Baseline(batch, seconds, steps.count * batch, steps.beyond))
         return min(found, key=lambda each: each.seconds)
 
     def row(self, ranks: int, batch_per_rank: float, plan: Plan, reference_batch: float) -> dict[str, Any]:
@@ -120,6 +121,7 @@ class Predictor:
             "gigabytes_sent": row["bytes_sent"] * steps.count / 1e9,
             "baseline_batch": baseline.batch_size,
             "baseline_seconds": baseline.seconds,
+            "baseline_beyond_study": baseline.beyond,
             "speed_up_to_accuracy": baseline.seconds / seconds,
             "hardware_efficiency": rate / baseline.samples_per_second,
             "statistical_efficiency": baseline.samples / (steps.count * batch),

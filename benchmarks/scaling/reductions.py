@@ -87,6 +87,20 @@ class Reductions:
         seconds = self.call_seconds + (ranks - 1) * link.message_seconds(n_bytes)
         return Reduction(seconds, (ranks - 1) * n_bytes, "ring all-gather", "closed form")
 
+    def two_phases(self, ranks: int, n_bytes: float) -> Reduction:
+        """Return what the exchange of a quantised signal takes, of `n_bytes` on every rank (`compression.quantized`).
+
+        Two ranks send it to each other. More cut it into rows, each sends every other its row, and the sums are
+        gathered around a ring. A rank's messages are priced one after another, though it sends them all at once.
+        """
+        if ranks <= 2:
+            return self.all_gather(ranks, n_bytes)
+        row_bytes = n_bytes / ranks
+        to_all = self._slowest(ranks, round(row_bytes), all_leave=True)
+        gathered = self.all_gather(ranks, row_bytes)
+        seconds = self.call_seconds + (ranks - 1) * to_all.message_seconds(row_bytes) + gathered.seconds
+        return Reduction(seconds, 2 * gathered.bytes_sent, "rows to all, ring all-gather", "closed form")
+
     def _measured(self, ranks: int, n_bytes: int) -> Reduction | None:
         if self.algorithm not in ("cheapest", "auto") or ranks not in self._shared:
             return None

@@ -9,8 +9,8 @@ nothing hides; with a delay τ it is hidden behind τ steps. Delayed SGD, τ > 0
 ones are computed, so that a step takes the longer of both; a rank may be up to τ steps late, so the slowest sum of
 τ + 1 steps counts.
 
-A codec sends `ratio` bytes for each, reduced as usual, or gathered from all ranks where sums have no such form; it
-encodes a bucket when that is ready and decodes the last one at the end, by the same core that computes.
+A codec sends `ratio` bytes for each, in the two phases of quantised signals, or gathered from all ranks; it encodes a
+bucket when that is ready and decodes the last one at the end, by the same core that computes.
 """
 
 import itertools
@@ -42,7 +42,7 @@ class Codec:
     name: str = "none"
     ratio: float = 1.0
     seconds_per_byte: float = 0.0
-    exchange: Literal["reduce", "gather"] = "reduce"
+    exchange: Literal["reduce", "two phases", "gather"] = "reduce"
     measured: bool = False
 
 
@@ -113,10 +113,13 @@ def step_time(
     """Return the mean time of a step of `ranks` ranks, each of which computes `compute`."""
     if ranks == 1:
         return _result(compute, compute.seconds, compute.seconds, [], 0.0, 0)
-    buckets = buckets_of(compute, plan.bucket_mb, plan.first_bucket_mb)
+    # Averages of models have no gradients to wait for, and so no smaller first bucket.
+    first_bucket_mb = plan.bucket_mb if plan.strategy == "local" else plan.first_bucket_mb
+    buckets = buckets_of(compute, plan.bucket_mb, first_bucket_mb)
     sizes = [float(sum(compute.parameter_bytes[index] for index in bucket)) for bucket in buckets]
-    # Which parameters were used rides at the end of the last message.
-    sizes[-1] += _FLAG_BYTES * (len(compute.parameter_bytes) + 1)
+    if plan.strategy != "local":
+        # Which parameters were used rides at the end of the last message.
+        sizes[-1] += _FLAG_BYTES * (len(compute.parameter_bytes) + 1)
     found = [_exchange(ranks, n_bytes, reductions, plan.codec) for n_bytes in sizes]
     coding = [n_bytes * plan.codec.seconds_per_byte / 2 for n_bytes in sizes]
     seconds = [each.seconds for each in found]
@@ -174,6 +177,8 @@ def _beyond(computing: float, reducing: float, contention: float) -> float:
 def _exchange(ranks: int, n_bytes: float, reductions: Reductions, codec: Codec) -> Reduction:
     if codec.exchange == "gather":
         return reductions.all_gather(ranks, codec.ratio * n_bytes)
+    if codec.exchange == "two phases":
+        return reductions.two_phases(ranks, codec.ratio * n_bytes)
     return reductions.all_reduce(ranks, codec.ratio * n_bytes)
 
 

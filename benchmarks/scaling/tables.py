@@ -69,10 +69,11 @@ def prediction_tables(rows: Sequence[Row], profile: Profile) -> str:
     parts += _notes(rows)
     if any(row["codec"] != "none" and row["codec_time"] == "assumed" for row in rows):
         parts.append("the codec's time is not measured but assumed")
-    if any("target" in row for row in rows):
-        first = next(row for row in rows if "target" in row)
+    if any("baseline_batch" in row for row in rows):
+        first = next(row for row in rows if "baseline_batch" in row)
         parts.append(
-            f"target: {first['target']}; speed-up over one rank at its best batch, {first['baseline_batch']}: "
+            f"target: {first['target']}; speed-up over one rank at its best batch, {first['baseline_batch']}"
+            f"{', beyond those of the study' if first['baseline_beyond_study'] else ''}: "
             f"{format_number(first['baseline_seconds'])} s"
         )
     return "\n\n".join(parts)

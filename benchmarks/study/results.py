@@ -20,6 +20,8 @@ __all__ = ["Cell", "Evaluation", "Phase", "ResultsFile", "Run", "Study", "fields
 
 T = TypeVar("T")
 Phase = Literal["tuning", "measured"]
+_TASK = ("dataset", "model", "hidden", "target_accuracy", "epochs", "evaluate_every_samples", "trainer")
+"""Of a spec, what all runs of a study have in common."""
 _SPENT = ("seconds", "wall_seconds", "samples", "steps", "bytes")
 
 
@@ -166,19 +168,19 @@ def read_study(path: Path) -> Study:
 class ResultsFile:
     """The results of a study under way: the file has, at any time, all runs of this call and of earlier ones.
 
-    Earlier runs stay until they are added anew, as long as they are of one of `cells`; measured ones of another rate
-    than the cell has now are dropped, as two of a seed would count twice. Raises OSError where it cannot be written.
+    Earlier runs stay until they are added anew, as long as they are of a cell and a rate in `rates`; measured ones of
+    another rate than the cell has now are dropped, as two of a seed would count twice. Raises OSError where the file
+    cannot be written, and ConfigError where it is no study, or one with runs of another task.
     """
 
-    def __init__(self, path: Path, head: Mapping[str, Any], cells: Collection[Cell]) -> None:
+    def __init__(self, path: Path, head: Mapping[str, Any], rates: Mapping[Cell, Collection[float]]) -> None:
         self._path = path
         self._head = head
         self._runs: list[Run] = []
-        try:
-            earlier = read_study(path).runs
-        except ConfigError:
-            earlier = ()
-        self._earlier = [run for run in earlier if run.cell in cells]
+        earlier = read_study(path) if path.exists() else Study({}, ())
+        self._earlier = [run for run in earlier.runs if run.lr in rates.get(run.cell, ())]
+        if self._earlier:
+            self._check_task(earlier.head["spec"])
         self._write()
 
     def add(self, run: Run) -> None:
@@ -192,6 +194,16 @@ class ResultsFile:
             if each.folder not in added and (each.phase == "tuning" or rates.get(each.cell, each.lr) == each.lr)
         ]
         self._write()
+
+    def _check_task(self, earlier: Mapping[str, Any]) -> None:
+        # As JSON has them.
+        now = json.loads(json.dumps(self._head["spec"]))
+        for name in _TASK:
+            if earlier.get(name) != now.get(name):
+                raise ConfigError(
+                    f"--output: the runs in {self._path} have {name} = {earlier.get(name)}, not {now.get(name)}; name "
+                    f"another folder"
+                )
 
     def _write(self) -> None:
         write_study(self._path, self._head, [*self._runs, *self._earlier])

@@ -36,7 +36,7 @@ from allreduce_sgd.gradients.replicate import common_sha256
 from allreduce_sgd.metrics import MetricsLog, Tally, write_json
 from allreduce_sgd.models.losses import Loss
 from allreduce_sgd.models.registry import build_model
-from allreduce_sgd.optim.build import build_optimizer
+from allreduce_sgd.optim.build import build_optimizer, name_of, needs_closure
 from allreduce_sgd.optim.schedule import build_schedule
 from allreduce_sgd.run_folder import claim
 from allreduce_sgd.stopwatch import Stopwatch
@@ -78,6 +78,15 @@ def _check_flags(config: Config) -> None:
     for name, value in given.items():
         if name not in known and value != defaults[name]:
             raise ConfigError(f"--{name} {value}: the loop with torch's DDP has no use for it; leave it out")
+    if config.optimizer.lr_schedule == "plateau":
+        raise ConfigError("--lr-schedule plateau: the loop with torch's DDP does not look at losses; take another")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    if needs_closure(optimizer):
+        raise ConfigError(
+            f"--optimizer {name_of(optimizer)}: the loop with torch's DDP computes one gradient a step; take another"
+        )
 
 
 def _train(topology: Topology, config: Config) -> None:
@@ -96,7 +105,7 @@ def _train(topology: Topology, config: Config) -> None:
     if topology.rank > 0:
         torch.manual_seed(seed + 1_000_003 * topology.rank)
     topology.agree(lambda: check_fit(model, loss, dataset, device))
-    topology.agree(lambda: build_optimizer(config.optimizer, model.parameters()))
+    topology.agree(lambda: _check_optimizer(build_optimizer(config.optimizer, model.parameters())))
     limit_seconds = config.communication.timeout_seconds
     comm = connect(topology, device, CommunicationOptions("gloo", timeout_seconds=limit_seconds))
     folder = topology.agree(lambda: claim(config, topology.size, 0) if topology.rank == 0 else Path())

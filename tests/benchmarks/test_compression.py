@@ -1,10 +1,15 @@
 """The comparison of codecs: what it makes of the summaries of runs, and what it refuses."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from allreduce_sgd.command_line import parse
+from allreduce_sgd.config import to_toml
 from benchmarks.compression import main, rows_of, table
+from benchmarks.runs import Flags, words
 
 
 def summary(accuracy: float, sent_bytes: int | None, seconds: float = 10.0) -> dict[str, Any]:
@@ -38,6 +43,28 @@ def test_back_ends_that_count_no_bytes_have_no_ratio() -> None:
     assert none["bytes_per_step"] is None
     assert cast["ratio"] is None
     assert "–" in table([none, cast])
+
+
+def test_runs_with_other_flags_are_not_taken_for_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = []
+
+    def train(ranks: int, flags: Flags, timeout_seconds: int) -> None:
+        folder = Path(str(flags["output"]))
+        folder.mkdir(parents=True)
+        (folder / "config.toml").write_text(to_toml(parse(words(flags))[0]))
+        (folder / "summary.json").write_text(json.dumps(summary(0.9, 4000)))
+        started.append(folder.name)
+
+    monkeypatch.setattr("benchmarks.compression.train", train)
+    monkeypatch.setenv("MPIRUN", "true")
+    arguments = ["--codecs", "none,fp16", "--seeds", "1", "--output", str(tmp_path / "out")]
+    assert main(arguments) == main(arguments) == 0
+    assert started == ["none-seed0", "fp16-seed0"]
+    assert main([*arguments, "--epochs", "3"]) == 2
+    assert "--epochs" in capsys.readouterr().err.splitlines()[-1]
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize(

@@ -210,6 +210,8 @@ def test_a_figure_from_start_to_end(
         (["noise_ball", "--figures-dir", __file__], f"--figures-dir {__file__}: cannot be made a folder"),
         (["noise_ball", "--dataset", "imagenet"], "--dataset imagenet: "),
         (["noise_ball", "--dataset", "synthetic:8,4,2"], "--dataset synthetic:8,4,2: "),
+        (["lr", "--dataset", "synthetic:100,8,2", "--epochs", "2"], "--epochs 2: 160 samples make no point of a loss"),
+        (["epoch_time", "--dataset", "synthetic:100,8,2", "--ranks", "1,2048"], "--ranks 2048: no mini-batch of"),
     ],
 )
 def test_bad_input_is_one_line(

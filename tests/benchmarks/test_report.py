@@ -115,11 +115,12 @@ def test_what_was_run_is_told(report: Path) -> None:
 def test_the_commits_of_runs_are_told_where_they_differ(tmp_path: Path) -> None:
     runs = [make_run(CELLS[4], 4, seed) for seed in range(3)]
     made = [replace(run, commit=commit) for run, commit in zip(runs, ("older", "older", HEAD["commit"]), strict=True)]
-    for name, some in (("both", made), ("one", made[2:]), ("unknown", runs)):
+    for name, some in (("both", made), ("one", made[2:]), ("unknown", runs), ("some", [*runs[:2], made[2]])):
         study = write_synthetic_study(tmp_path / name, some)
         assert main([str(study), "-o", str(tmp_path / f"{name}-out")]) == 0
         text = (tmp_path / f"{name}-out" / "report.md").read_text()
         assert (f"older (2 runs), {HEAD['commit']} (1 run)" in text) == (name == "both")
+        assert (f"not noted (2 runs), {HEAD['commit']} (1 run)" in text) == (name == "some")
 
 
 def test_a_study_that_has_only_begun_and_one_that_only_missed(tmp_path: Path) -> None:
@@ -185,6 +186,7 @@ def bad_files(folder: Path) -> Iterator[tuple[list[str], str]]:
         "rows.json": '{"benchmark": "x", "rows": [1]}',
         "step.json": json.dumps({"benchmark": "step_time", "rows": [{"workload": "mlp"}]}),
         "load.json": json.dumps({"benchmark": "x", "rows": [{"a": 1}], "machine": {"load_average": ["x"]}}),
+        "profile.json": json.dumps({"benchmark": "scaling", "rows": [{"kind": "profile", "part": "compute"}]}),
         "surrogate.json": '{"benchmark": "x", "rows": [{"a": "\\ud800"}]}',
         "half.jsonl": json.dumps(HEAD) + '\n{"label": "a"',
     }.items():

@@ -132,6 +132,12 @@ def test_a_study_with_runs_missing_is_called_unfinished() -> None:
     assert "unfinished" not in summary_of([*SERIAL, *SYNC], spec=spec)
 
 
+def test_code_that_differed_is_told_of_the_runs_that_it_made() -> None:
+    made = [replace(run, commit="abc") for run in SYNC]
+    assert "differed from the commit" not in summary_of(made, commit="def-dirty")
+    assert "differed from the commit" in summary_of([*made, replace(SERIAL[0], commit="abc-dirty")], commit="def")
+
+
 def test_virtual_hosts_are_named_as_such() -> None:
     linked = [replace(run, cell=replace(run.cell, network="1gbit")) for run in SYNC]
     text = summary_of([*SERIAL, *linked])
@@ -192,7 +198,7 @@ def test_what_the_curves_of_the_course_come_to() -> None:
 
 
 def test_a_profile_alone_tells_what_was_measured() -> None:
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"kind": "profile", "part": "machine", "ranks": 2, "cores": 2},
         {"kind": "profile", "part": "compute", "workload": "cnn-b16"},
         {"kind": "profile", "part": "compute", "workload": "mlp512-b64"},

@@ -93,14 +93,35 @@ def test_delayed_sgd_takes_the_longer_of_computing_and_communicating() -> None:
 
 
 def test_a_codec_sends_less_and_costs_computing() -> None:
-    half = Codec("fp16", 0.5, 1e-10)
+    half = Codec("fp16", 0.5, 1e-10, "two phases")
     link = LinkCost(0.0, 1e-8, 0.0)
     plain, coded = (a_step(Plan("local", codec=codec), link=link) for codec in (Codec(), half))
     assert coded.bytes_sent == pytest.approx(plain.bytes_sent / 2, rel=1e-3)
-    spent = 1e-10 * ((10 << 20) + FLAGS)
+    spent = 1e-10 * (10 << 20)
     assert coded.exposed_seconds == pytest.approx(plain.exposed_seconds / 2 + spent, rel=1e-3)
     gathered = a_step(Plan("local", codec=Codec("top-k", 0.5, 0.0, "gather")), link=link)
-    assert gathered.bytes_sent == pytest.approx(3 * 0.5 * ((10 << 20) + FLAGS))
+    assert gathered.bytes_sent == pytest.approx(3 * 0.5 * (10 << 20))
+
+
+def test_quantised_signals_take_a_message_to_every_rank_and_a_ring() -> None:
+    latency, rate = LinkCost(1e-3, 0.0, 0.0), LinkCost(0.0, 1e-8, 0.0)
+    for ranks, messages in ((2, 1), (8, 2 * 7), (1024, 2 * 1023)):
+        assert Reductions(Network(latency)).two_phases(ranks, 1e6).seconds == pytest.approx(1e-3 * messages)
+    for ranks, share in ((2, 1), (8, 2 * 7 / 8)):
+        found = Reductions(Network(rate)).two_phases(ranks, 1e6)
+        assert found.seconds == pytest.approx(1e-8 * share * 1e6)
+        assert found.bytes_sent == pytest.approx(share * 1e6)
+    # To all others, that is out of the node for all of its ranks at once; around the ring for one of them.
+    nodes = Reductions(Network(LinkCost(0.0, 1e-12, 0.0), rate, 4)).two_phases(8, 1e6)
+    assert nodes.seconds == pytest.approx(1e-8 * 7 / 8 * 1e6 * (4 + 1))
+
+
+def test_local_sgd_averages_buckets_of_one_size() -> None:
+    compute = a_compute()
+    sizes = Plan("local", bucket_mb=5.0, first_bucket_mb=1.0), Plan(bucket_mb=5.0, first_bucket_mb=1.0)
+    local, sync = (step_time(compute, 4, Reductions(Network(LINK), "ring"), plan) for plan in sizes)
+    assert local.buckets < sync.buckets
+    assert local.bytes_sent == pytest.approx(2 * 3 / 4 * compute.total_bytes, rel=1e-6)
 
 
 def test_hooks_delay_the_backward_pass() -> None:

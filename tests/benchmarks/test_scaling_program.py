@@ -117,10 +117,11 @@ def a_run(strategy: str, ranks: int, batch: int, steps: float, seed: int, **flag
     )
 
 
-def a_study(file: Path, *others: Run, model: str = "mlp") -> Path:
+def a_study(file: Path, *others: Run, batches: Sequence[int] = (16, 64, 256), **spec: Any) -> Path:
     """Write a study whose synchronous runs lie on the curve S_min = 100, B_crit = 256."""
-    runs = [a_run("sync", 2, batch, 100 * (1 + 256 / batch), seed) for batch in (16, 64, 256) for seed in (0, 1)]
-    write_study(file, {"spec": {"name": "made up", "target_accuracy": 0.9, "model": model}}, [*runs, *others])
+    runs = [a_run("sync", 2, batch, 100 * (1 + 256 / batch), seed) for batch in batches for seed in (0, 1)]
+    task = {"model": "mlp", "hidden": "512,512", "dataset": "fashion-mnist", **spec}
+    write_study(file, {"spec": {"name": "made up", "target_accuracy": 0.9, **task}}, [*runs, *others])
     return file
 
 
@@ -151,23 +152,74 @@ def test_another_delay_or_most_runs_missed_is_not_taken_for_steps(tmp_path: Path
     assert math.isinf(accuracy.steps(Method("local", 8), 2, 64).count)
 
 
+@pytest.mark.parametrize("batches", ["64", "32,64,128,4096"])
 def test_advice_shows_what_missed_the_target(
-    profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    batches: str, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     missed = [a_run(name, 2, 64, math.inf, seed) for name in ("local", "delayed") for seed in range(3)]
     file = a_study(tmp_path / "results.jsonl", *missed)
-    flags = ["--ranks", "2", "--global-batches", "64", "--study", str(file), "--workload", "mlp512-b64"]
+    flags = ["--ranks", "2", "--global-batches", batches, "--study", str(file), "--workload", "mlp512-b64"]
     assert run("advise", profile_file, *flags) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("local") and "∞" in line for line in lines)
+    for strategy in ("local", "delayed"):
+        assert any(line.startswith(strategy) and "∞" in line for line in lines)
 
 
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        (["--ranks", "2", "--network", "1,1000", "--b-crit", "1"], "that larger batches need more samples"),
+        (["--ranks", "2", "--network", "9000,1", "--b-crit", "1e9"], "the network and the slowest rank"),
+        (["--ranks", "1", "--b-crit", "512"], None),
+    ],
+)
+def test_advice_names_what_costs_most(
+    flags: list[str], reason: str | None, profile_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags += ["--global-batches", "4096", "--s-min", "100", "--stragglers", "none", "--workload", "mlp512-b64"]
+    assert run("advise", profile_file, *flags) == 0
+    printed = capsys.readouterr().out
+    assert ("what costs most" in printed) == (reason is not None)
+    assert f"what costs most is {reason or ''}" in printed or reason is None
+
+
+@pytest.mark.parametrize(
+    ("spec", "trained"),
+    [
+        ({"model": "cnn"}, "cnn"),
+        ({"hidden": "64,64"}, "mlp64"),
+        ({"hidden": "512"}, "mlp"),
+        ({"dataset": "digits"}, "mlp on digits"),
+    ],
+)
 def test_a_study_of_another_model_is_refused(
+    spec: dict[str, Any], trained: str, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = a_study(tmp_path / "results.jsonl", **spec)
+    assert run("advise", profile_file, "--workload", "mlp512-b64", "--study", str(file)) == 2
+    said = f"scaling: error: --workload mlp512-b64: --study trained another model, {trained}\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_baseline_beyond_the_study_is_told(
     profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = a_study(tmp_path / "results.jsonl", model="mlp")
-    assert run("advise", profile_file, "--workload", "cnn-b64", "--study", str(file)) == 2
-    assert "--workload cnn-b64: the study trained another model, mlp" in capsys.readouterr().err
+    file = a_study(tmp_path / "results.jsonl", batches=(512, 1024, 2048))
+    flags = ["--ranks", "2", "--workload", "mlp512-b64", "--study", str(file)]
+    assert run("advise", profile_file, *flags) == 0
+    assert "the batch of the one rank is smaller or larger than all of the study" in capsys.readouterr().out
+    assert run("predict", profile_file, *flags[:2], "--workloads", *flags[3:]) == 0
+    assert ", beyond those of the study: " in capsys.readouterr().out
+
+
+def test_a_codec_is_predicted_with_its_own_exchange(profile_file: Path, tmp_path: Path) -> None:
+    record = tmp_path / "record.json"
+    flags = ["--ranks", "2,64", "--compression", "int8", "--workloads", "mlp512-b64", *GIVEN, "--json", str(record)]
+    assert run("predict", profile_file, *flags) == 0
+    two, many = json.loads(record.read_text())["rows"]
+    assert two["algorithms"] == ["ring all-gather"]
+    assert many["algorithms"] == ["rows to all, ring all-gather"]
+    assert two["steps_basis"] == many["steps_basis"] == "assumed"
 
 
 def a_measurement(name: str, ranks: int, seconds: float) -> Measured:
@@ -272,6 +324,9 @@ def test_validation_and_published_figures_are_drawn(tmp_path: Path) -> None:
         (["predict", "--profile", "PROFILE", "--strategies", "local", "--delay", "8"], "--delay 8: in local SGD less"),
         (["predict", "--profile", "PROFILE", "--figures", "no/such/folder"], "--figures no/such/folder"),
         (["advise", "--profile", "PROFILE"], "--study: advice needs a target"),
+        (["advise", "--profile", "PROFILE", "--workload", "vgg", *GIVEN], "--workload: unknown value 'vgg'"),
+        (["advise", "--profile", "PROFILE", "--workload", "a,b", *GIVEN], "--workload a,b: advice is for one"),
+        (["advise", "--profile", "PROFILE", "--study", "missing"], "--study missing: not the results of a study"),
         (["advise", "--profile", "PROFILE", "--min-efficiency", "2", *GIVEN], "--min-efficiency"),
         (["measure", "--workloads", "mlp512"], "--workloads: unknown workload 'mlp512'; choose mlpW-bB"),
         (["measure", "--sizes", "4K"], "--sizes: at least three"),

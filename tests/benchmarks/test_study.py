@@ -208,10 +208,11 @@ def test_a_study_that_goes_on_loses_no_run_of_before(tmp_path: Path) -> None:
     file, head = tmp_path / "results.jsonl", {"spec": {"name": "small", "target_accuracy": 0.9}}
     before = [run(cell, 2, 128, seed=seed) for cell in (here, other) for seed in (0, 1)]
     before = [replace(each, folder=f"runs/{place}", commit="old") for place, each in enumerate(before)]
-    first = ResultsFile(file, head, [here, other])
+    rates = {here: (0.1, 0.9), other: (0.1, 0.9)}
+    first = ResultsFile(file, head, rates)
     for each in before:
         first.add(each)
-    second = ResultsFile(file, head, [here, other])
+    second = ResultsFile(file, head, rates)
     assert read_study(file).runs == tuple(before)
     again = replace(before[1], commit="new")
     second.add(again)
@@ -220,9 +221,28 @@ def test_a_study_that_goes_on_loses_no_run_of_before(tmp_path: Path) -> None:
     better = replace(before[2], folder="runs/better", lr=0.9)
     second.add(better)
     assert read_study(file).runs == (again, better, before[0])
-    third = ResultsFile(file, head, [other])
-    third.add(before[3])
-    assert read_study(file).runs == (before[3],)
+    ResultsFile(file, head, {here: (0.1,), other: (0.1,)})
+    assert read_study(file).runs == (again, before[0])
+    ResultsFile(file, head, {other: (0.1,)})
+    assert read_study(file).runs == ()
+
+
+@pytest.mark.parametrize("task", [{"target_accuracy": 0.8}, {"hidden": "64"}, {"trainer": {"momentum": 0.5}}])
+def test_runs_of_another_task_do_not_get_into_one_file(tmp_path: Path, task: dict[str, object]) -> None:
+    cell = Cell("serial, batch 32", "serial", "sync", 1, 1, 32)
+    file = tmp_path / "results.jsonl"
+    spec = {"name": "small", "target_accuracy": 0.9, "trainer": {"momentum": 0.9}, "seeds": 5}
+    ResultsFile(file, {"spec": spec}, {cell: (0.1,)}).add(run(cell, 2, 128))
+    kept = file.read_text()
+    with pytest.raises(ConfigError, match=f"have {next(iter(task))} = "):
+        ResultsFile(file, {"spec": {**spec, **task}}, {cell: (0.1,)})
+    assert file.read_text() == kept
+    ResultsFile(file, {"spec": {**spec, "seeds": 3}}, {cell: (0.1,)})
+    assert len(read_study(file).runs) == 1
+    file.write_text(kept[:-10])
+    with pytest.raises(ConfigError, match="not the results of a study"):
+        ResultsFile(file, {"spec": spec}, {cell: (0.1,)})
+    assert file.read_text() == kept[:-10]
 
 
 def test_what_is_left_is_estimated_by_cell(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from benchmarks.study.training import read_run
 from benchmarks.time_to_accuracy import main
 from tests.benchmarks.study_runs import cell
 from tests.launching import find_mpirun
+from tests.warm_start import mpirun
 
 SPEC = """
 name = "small"
@@ -260,3 +261,19 @@ def test_a_study_trains_ours_and_torchs_ddp_alike(tmp_path: Path, capsys: pytest
         for run in (peer, ours)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--lr-schedule plateau --plateau-patience 2", "--lr-schedule plateau: the loop with torch's DDP"),
+        ("--optimizer lbfgs", "--optimizer lbfgs: the loop with torch's DDP computes one gradient a step"),
+        ("--precision bf16", "--precision bf16: the loop with torch's DDP has no use for it"),
+    ],
+)
+def test_the_loop_with_torchs_ddp_refuses_what_it_would_do_otherwise(tmp_path: Path, flags: str, said: str) -> None:
+    arguments = ["-m", "benchmarks.study.torch_ddp", *flags.split(), "--output", str(tmp_path / "run")]
+    finished = mpirun(2, arguments)
+    assert finished.status == 2, finished.errors
+    assert finished.errors.count(said) == 1
+    assert not (tmp_path / "run").exists()
