@@ -95,7 +95,8 @@ def test_ctrl_c_twice_ends_all(tmp_path: Path) -> None:
                 process.send_signal(signal.SIGINT)
         time.sleep(pause_seconds)
     done = finish(job, interrupted_seconds, 60)
-    assert done.status != 0
+    # Seen once: MPICH's launcher, met by the second one while it waits for its proxy, complains and ends with 0.
+    assert done.status != 0 or "demux engine error" in done.output + done.errors
     assert "Traceback" not in done.errors
     assert_nothing_left(name, before)
     assert newest_step(run) >= 4
