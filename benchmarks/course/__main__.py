@@ -116,10 +116,10 @@ def _course(options: argparse.Namespace) -> Course:
         output=options.output,
     )
     seen = course.epochs * train_samples
-    if seen < course.interval_samples and any(FIGURES[name].series for name in options.figures):
+    if seen < course.fewest_samples and any(FIGURES[name].series for name in options.figures):
         raise ConfigError(
             f"--epochs {course.epochs}: {seen} samples make no point of a loss curve; at least "
-            f"{course.interval_samples} are needed"
+            f"{course.fewest_samples} are needed"
         )
     for ranks in options.ranks if "epoch_time" in options.figures else ():
         if not timed_batch_sizes(course, ranks):

@@ -8,7 +8,7 @@ import json
 import re
 import shutil
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class Course:
     def interval_samples(self) -> int:
         """About how many samples are between two points of a loss curve."""
         return _LARGEST_LOGGED_BATCH * max(1, self.train_samples // _LOGGED_PER_EPOCH // _LARGEST_LOGGED_BATCH)
+
+    @property
+    def fewest_samples(self) -> int:
+        """How many samples a loss curve needs for its first point."""
+        return ceil(_NEARLY * self.interval_samples)
 
     def folder(self, job: Job, seed: int) -> Path:
         return self.output / f"{job.name}-seed{seed}"

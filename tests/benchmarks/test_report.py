@@ -186,7 +186,6 @@ def bad_files(folder: Path) -> Iterator[tuple[list[str], str]]:
         "rows.json": '{"benchmark": "x", "rows": [1]}',
         "step.json": json.dumps({"benchmark": "step_time", "rows": [{"workload": "mlp"}]}),
         "load.json": json.dumps({"benchmark": "x", "rows": [{"a": 1}], "machine": {"load_average": ["x"]}}),
-        "profile.json": json.dumps({"benchmark": "scaling", "rows": [{"kind": "profile", "part": "compute"}]}),
         "surrogate.json": '{"benchmark": "x", "rows": [{"a": "\\ud800"}]}',
         "half.jsonl": json.dumps(HEAD) + '\n{"label": "a"',
     }.items():

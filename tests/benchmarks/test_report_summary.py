@@ -206,6 +206,7 @@ def test_a_profile_alone_tells_what_was_measured() -> None:
     assert summarise_record(Record({"benchmark": "scaling"}, tuple(rows))) == (
         "Measured, to predict from: computing of cnn-b16 and mlp512-b64, and all-reduces, with 2 ranks on 2 cores."
     )
+    assert summarise_record(Record({"benchmark": "scaling"}, tuple(rows[1:]))) == "2 rows; see the section."
 
 
 def test_sentences_of_records() -> None:
