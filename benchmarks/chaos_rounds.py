@@ -107,7 +107,7 @@ class Chaos:
                 self._wait_for_the_end(job, mark, done, _WHOLE_RUN * self.deadline_seconds)
         finally:
             _kill(mark)
-        self._judge(job.wait(), errors_file.read_text(errors="replace"), done)
+        self._judge(job.wait(_KILLING_SECONDS), errors_file.read_text(errors="replace"), done)
         if done.finished:
             if done.problem is None:
                 shutil.rmtree(self.run)

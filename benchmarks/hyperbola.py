@@ -54,8 +54,8 @@ class Fit:
     residual: float
     n: int
     missed: int
-    batches: tuple[int, int] | None = None
-    draws: _Array | None = field(default=None, repr=False, compare=False)
+    batches: tuple[int, int]
+    draws: _Array = field(repr=False, compare=False)
 
     @property
     def e_min(self) -> float:
@@ -67,8 +67,6 @@ class Fit:
 
     def steps_range(self, batch: float) -> tuple[float, float]:
         """Return the 95 % interval of the steps with this batch; S_min and B_crit vary together."""
-        if self.draws is None:
-            return self.steps(batch), self.steps(batch)
         low, high = np.quantile(self.draws[:, 0] * (1 + self.draws[:, 1] / batch), _QUANTILES).tolist()
         return low, high
 

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import io
 import os
-import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -38,8 +37,9 @@ from allreduce_sgd.strategies.build import build_strategy
 from allreduce_sgd.strategies.options import StrategyOptions
 from allreduce_sgd.topology import discover, launcher_rank
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
+from benchmarks.ratios import ratio_columns, ratio_row
 from benchmarks.record import write_record
-from benchmarks.table import format_number, format_range, format_table
+from benchmarks.table import format_number, format_table
 from benchmarks.workloads import WORKLOADS, Workload
 
 __all__ = ["main", "measure"]
@@ -89,27 +89,18 @@ def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[
     for period in options.periods:
         strategies[period].finish()
         common_sha256(strategies[period].model, comm)
-    rows = []
-    for period, times in seconds.items():
-        ratios = [one / never for one, never in zip(times, seconds[_NEVER], strict=True)]
-        rows.append(
-            {
-                "workload": name,
-                "period": None if period == _NEVER else period,
-                "delay": 0 if period == _NEVER else options.delay,
-                "ranks": comm.size,
-                "rounds": options.rounds,
-                "steps": options.steps,
-                "median_seconds": statistics.median(times),
-                "minimum_seconds": min(times),
-                "maximum_seconds": max(times),
-                "ratio": statistics.median(ratios),
-                "minimum_ratio": min(ratios),
-                "maximum_ratio": max(ratios),
-                "sent_bytes": sent[period],
-            }
-        )
-    return rows
+    return [
+        {
+            "workload": name,
+            "period": None if period == _NEVER else period,
+            "delay": 0 if period == _NEVER else options.delay,
+            "ranks": comm.size,
+            "steps": options.steps,
+            **ratio_row(times, seconds[_NEVER]),
+            "sent_bytes": sent[period],
+        }
+        for period, times in seconds.items()
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -117,8 +108,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             row["workload"],
             "never" if row["period"] is None else str(row["period"]),
-            format_range([1e3 * row[f"{which}_seconds"] for which in ("minimum", "median", "maximum")]),
-            format_range([row["minimum_ratio"], row["ratio"], row["maximum_ratio"]]),
+            *ratio_columns(row),
             format_number(None if row["sent_bytes"] is None else row["sent_bytes"] / 1e3),
         ]
         for row in rows

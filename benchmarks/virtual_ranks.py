@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import io
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -42,8 +41,9 @@ from allreduce_sgd.strategies.build import build_strategy
 from allreduce_sgd.strategies.options import StrategyOptions
 from allreduce_sgd.topology import discover, launcher_rank
 from benchmarks.arguments import Parser, check_writable, names, positive_int, positive_ints
+from benchmarks.ratios import ratio_columns, ratio_row
 from benchmarks.record import write_record
-from benchmarks.table import format_number, format_range, format_table
+from benchmarks.table import format_number, format_table
 from benchmarks.workloads import WORKLOADS, Workload
 
 __all__ = ["main", "measure", "table"]
@@ -95,30 +95,20 @@ def measure(name: str, comm: Communicator, options: argparse.Namespace) -> list[
             seconds[each].append(_round(strategies[each], shares[each], comm, options.steps))
             after = comm.traffic.bytes_sent
             sent[each] = None if before is None or after is None else (after - before) / options.steps
-    rows = []
-    for each in contenders:
-        times = seconds[each]
-        ratios = [one / plain for one, plain in zip(times, seconds[contenders[0]], strict=True)]
-        rows.append(
-            {
-                "workload": name,
-                "contender": each.name,
-                "virtual_ranks": each.virtual_ranks,
-                "ranks": comm.size,
-                "global_batch_size": len(batch[0]),
-                "rounds": options.rounds,
-                "steps": options.steps,
-                "median_seconds": statistics.median(times),
-                "minimum_seconds": min(times),
-                "maximum_seconds": max(times),
-                "ratio": statistics.median(ratios),
-                "minimum_ratio": min(ratios),
-                "maximum_ratio": max(ratios),
-                "sent_bytes": sent[each],
-                "wrong": _wrong(workload, batch, comm, each),
-            }
-        )
-    return rows
+    return [
+        {
+            "workload": name,
+            "contender": each.name,
+            "virtual_ranks": each.virtual_ranks,
+            "ranks": comm.size,
+            "global_batch_size": len(batch[0]),
+            "steps": options.steps,
+            **ratio_row(seconds[each], seconds[contenders[0]]),
+            "sent_bytes": sent[each],
+            "wrong": _wrong(workload, batch, comm, each),
+        }
+        for each in contenders
+    ]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -126,8 +116,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             row["workload"],
             row["contender"] if row["virtual_ranks"] is None else f"{row['virtual_ranks']} virtual ranks",
-            format_range([1e3 * row[f"{which}_seconds"] for which in ("minimum", "median", "maximum")]),
-            format_range([row["minimum_ratio"], row["ratio"], row["maximum_ratio"]]),
+            *ratio_columns(row),
             format_number(None if row["sent_bytes"] is None else row["sent_bytes"] / 1e3),
             "wrong" if row["wrong"] else "no",
         ]

@@ -78,7 +78,7 @@ class Accuracy:
         if self.fit is None:
             return Steps(count, basis, count, count)
         low, high = self.fit.steps_range(batch)
-        smallest, largest = self.fit.batches or (0, batch)
+        smallest, largest = self.fit.batches
         return Steps(count, basis, low, high, beyond=not smallest <= batch <= largest)
 
 
@@ -99,7 +99,7 @@ def from_study(flag: str, path: Path) -> Accuracy:
             groups.setdefault((method, run.cell.ranks, run.cell.global_batch_size), []).append(run.steps)
     measured = {key: statistics.median(steps) for key, steps in groups.items()}
     (s_low, s_high), (b_low, b_high) = fit.s_min_range, fit.b_crit_range
-    smallest, largest = fit.batches or (0, 0)
+    smallest, largest = fit.batches
     source = (
         f"{100 * study.target_accuracy:g} % of study {study.name}: "
         f"S_min {fit.s_min:.4g} [{format_number(s_low)}–{format_number(s_high)}], "

@@ -177,23 +177,22 @@ class ResultsFile:
         self._path = path
         self._head = head
         self._runs: list[Run] = []
-        earlier = read_study(path) if path.exists() else Study({}, ())
+        try:
+            earlier = read_study(path) if path.exists() else Study({}, ())
+        except ConfigError as problem:
+            raise ConfigError(f"--output: {problem}; remove it: finished runs are read from their folders") from problem
         self._earlier = [run for run in earlier.runs if run.lr in rates.get(run.cell, ())]
         if self._earlier:
             self._check_task(earlier.head["spec"])
         self._write()
 
     def add(self, run: Run) -> None:
-        """Write the file anew, with this run in it."""
+        """Have this run in the file, which is written anew unless it has it already."""
+        replaced = [each for each in self._earlier if _replaces(run, each)]
+        self._earlier = [each for each in self._earlier if each not in replaced]
         self._runs.append(run)
-        rates = {each.cell: each.lr for each in self._runs if each.phase == "measured"}
-        added = {each.folder for each in self._runs}
-        self._earlier = [
-            each
-            for each in self._earlier
-            if each.folder not in added and (each.phase == "tuning" or rates.get(each.cell, each.lr) == each.lr)
-        ]
-        self._write()
+        if replaced != [run]:
+            self._write()
 
     def _check_task(self, earlier: Mapping[str, Any]) -> None:
         # As JSON has them.
@@ -207,3 +206,9 @@ class ResultsFile:
 
     def _write(self) -> None:
         write_study(self._path, self._head, [*self._runs, *self._earlier])
+
+
+def _replaces(run: Run, earlier: Run) -> bool:
+    """Say whether a run is the earlier one, or shows that its cell has another rate now."""
+    other_rate = run.cell == earlier.cell and run.lr != earlier.lr
+    return run.folder == earlier.folder or (run.phase == earlier.phase == "measured" and other_rate)

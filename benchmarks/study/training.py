@@ -45,14 +45,14 @@ def run_cell(
     seed: int,
     provenance: Mapping[str, Any],
 ) -> Run:
-    """Train, unless a finished run is there. Raises RunFailed, and ConfigError where the run refuses its flags.
+    """Train, unless a finished run is there, which `check_finished` has looked at. Raises RunFailed, and ConfigError
+    where the run refuses its flags.
 
     `provenance`, what trains now and where, is kept beside a run that is made.
     """
     name = f"{RUNS}/{folder_name(cell, lr, seed)}"
     flags = flags_of(spec, cell, lr, seed)
     folder = output / name
-    check_finished(spec, output, cell, lr, seed)
     if not folder.exists():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)

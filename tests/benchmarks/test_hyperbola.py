@@ -91,7 +91,7 @@ def test_runs_that_missed_the_target_are_left_out_and_counted() -> None:
 
 
 def test_a_table_has_all_there_is_to_tell() -> None:
-    fit = Fit(150.0, 200.0, (140.0, 165.0), (180.0, inf), 0.034, 40, 2)
+    fit = Fit(150.0, 200.0, (140.0, 165.0), (180.0, inf), 0.034, 40, 2, (16, 256), np.empty((0, 2)))
     assert fit.describe() == {
         "S_min, steps": "150 [140–165]",
         "B_crit, samples": "200 [180–∞]",

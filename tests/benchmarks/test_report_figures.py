@@ -4,6 +4,7 @@ import math
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from benchmarks.hyperbola import Fit
@@ -16,7 +17,7 @@ from benchmarks.study.results import Run, Study
 from tests.benchmarks.synthetic_study import HEAD, STEPS, TARGET, study_runs
 
 UNITS = r"\((s|MB, 10⁶ bytes|thousands|times|ms|samples)\)|times that of"
-FIT = Fit(12.0, 120.0, (8.0, 15.0), (0.0, math.inf), 0.1, n=3, missed=1)
+FIT = Fit(12.0, 120.0, (8.0, 15.0), (0.0, math.inf), 0.1, n=3, missed=1, batches=(16, 256), draws=np.empty((0, 2)))
 
 
 @pytest.fixture

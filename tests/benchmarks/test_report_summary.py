@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from benchmarks.hyperbola import Fit
@@ -150,7 +151,15 @@ def test_virtual_hosts_are_named_as_such() -> None:
 
 def test_the_summary_says_what_larger_batches_still_save(study: Study) -> None:
     fit = Fit(
-        s_min=200.0, b_crit=300.0, s_min_range=(180.0, 220.0), b_crit_range=(250.0, 350.0), residual=0.1, n=35, missed=0
+        s_min=200.0,
+        b_crit=300.0,
+        s_min_range=(180.0, 220.0),
+        b_crit_range=(250.0, 350.0),
+        residual=0.1,
+        n=35,
+        missed=0,
+        batches=(16, 1024),
+        draws=np.empty((0, 2)),
     )
     cells = measure(study)
     without, alone, beside = (

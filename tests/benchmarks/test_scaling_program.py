@@ -22,7 +22,8 @@ from benchmarks.scaling.reductions import Reductions
 from benchmarks.scaling.step_probe import Measured
 from benchmarks.scaling.stepping import Plan, step_time
 from benchmarks.scaling.validate import at_rate, predicted_rows
-from benchmarks.study.results import Cell, Evaluation, Run, write_study
+from benchmarks.study.results import Cell, Run, write_study
+from tests.benchmarks.study_runs import run as study_run
 from tests.warm_start import mpirun
 
 GIVEN = ["--s-min", "100", "--b-crit", "512"]
@@ -93,28 +94,7 @@ def test_advice_keeps_to_the_efficiency_and_tells_what_others_cost(
 
 def a_run(strategy: str, ranks: int, batch: int, steps: float, seed: int, **flags: Any) -> Run:
     cell = Cell("a cell", "allreduce_sgd", strategy, ranks, 1, batch, flags=tuple(flags.items()))
-    reached = not math.isinf(steps)
-    end = Evaluation(1000, 1000 * batch, 1.0, 1.0, None, 0.9, None)
-    spent = 1.0 if reached else math.inf
-    return Run(
-        cell,
-        "measured",
-        0.1,
-        seed,
-        reached,
-        seconds=spent,
-        wall_seconds=spent,
-        samples=batch * steps,
-        steps=steps,
-        bytes=None,
-        samples_per_second=1.0,
-        communication_seconds=None,
-        exposed_communication_seconds=None,
-        train_seconds=1.0,
-        noise_scale=None,
-        folder="runs/one",
-        evaluations=(end,),
-    )
+    return study_run(cell, math.inf if math.isinf(steps) else 1.0, batch * steps, seed)
 
 
 def a_study(file: Path, *others: Run, batches: Sequence[int] = (16, 64, 256), **spec: Any) -> Path:
