@@ -18,6 +18,6 @@ def test_all_of_tests_mpi(ranks: int) -> None:
     )
     # Without the dots of all ranks, which would hide what failed.
     told = [line for line in done.output.splitlines() if not re.fullmatch(r"[.sxFE]*(\s*\[ *\d+%\])?", line)]
-    print("\n".join(told))
-    assert done.status == 0
-    assert done.output.count(" passed") == ranks
+    # What failed is on standard error (tests/mpi/conftest.py).
+    assert done.status == 0, "\n".join([*told, done.errors])
+    assert done.output.count(" passed") == ranks, "\n".join(told)
