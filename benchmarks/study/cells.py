@@ -12,6 +12,7 @@ from allreduce_sgd.errors import ConfigError
 from benchmarks.runs import words
 from benchmarks.study.results import Cell
 from benchmarks.study.spec import Spec
+from benchmarks.study.torch_ddp_flags import check_flags
 
 __all__ = ["ALL_CORES", "OURS", "SERIAL", "TORCH", "all_cells", "check_cells", "flags_of", "folder_name", "rates_of"]
 
@@ -53,7 +54,7 @@ def all_cells(spec: Spec, cores: int) -> list[Cell]:
 
 
 def check_cells(source: str, spec: Spec, cells: Sequence[Cell]) -> None:
-    """Raise ConfigError where two cells are one, or the trainer refuses one of them, as far as it tells by its flags.
+    """Raise ConfigError where two cells are one, or what trains refuses one of them, as far as it tells by its flags.
 
     `source` is the spec's name or file, for the text.
     """
@@ -69,7 +70,9 @@ def check_cells(source: str, spec: Spec, cells: Sequence[Cell]) -> None:
             raise ConfigError(f"{source}: the cells {same!r} and {cell.label!r} are the same")
         labels[cell.label] = cell
         try:
-            parse(words(flags_of(spec, cell, rates_of(spec, cell)[0], 0)))
+            config, _ = parse(words(flags_of(spec, cell, rates_of(spec, cell)[0], 0)))
+            if cell.contender == TORCH:
+                check_flags(config)
         except ConfigError as problem:
             raise ConfigError(f"{source}: {cell.label}: {problem}") from problem
 

@@ -25,7 +25,7 @@ from allreduce_sgd.comm.base import Communicator
 from allreduce_sgd.comm.factory import connect
 from allreduce_sgd.comm.options import CommunicationOptions
 from allreduce_sgd.command_line import parse
-from allreduce_sgd.config import Config, options
+from allreduce_sgd.config import Config
 from allreduce_sgd.data.registry import load_dataset
 from allreduce_sgd.data.sampling import build_sampler
 from allreduce_sgd.data.split import Dataset
@@ -42,21 +42,16 @@ from allreduce_sgd.run_folder import claim
 from allreduce_sgd.stopwatch import Stopwatch
 from allreduce_sgd.topology import Topology, discover, launcher_rank
 from benchmarks.step_contenders import TORCH, close_gloo
+from benchmarks.study.torch_ddp_flags import check_flags
 
 __all__ = ["main"]
-
-_GROUPS = ("data", "model", "optimizer")
-_FLAGS = frozenset(
-    "batch-size device epochs evaluate-every global-batch-size log-every output seed steps target-accuracy threads "
-    "timeout-seconds".split()
-)
 
 
 def main(arguments: Sequence[str]) -> int:
     """Train, and return the exit status: 0, or 2 for bad arguments. All ranks must call with the same ones."""
     try:
         config, _ = parse(arguments)
-        _check_flags(config)
+        check_flags(config)
         topology = discover(timeout_seconds=config.communication.timeout_seconds)
     except ConfigError as problem:
         if launcher_rank(os.environ) == 0:
@@ -70,16 +65,6 @@ def main(arguments: Sequence[str]) -> int:
             _complain(problem)
         return 2
     return 0
-
-
-def _check_flags(config: Config) -> None:
-    given, defaults = config.flat(), Config().flat()
-    known = {*_FLAGS, *(each.name for each in options() if each.group in _GROUPS)}
-    for name, value in given.items():
-        if name not in known and value != defaults[name]:
-            raise ConfigError(f"--{name} {value}: the loop with torch's DDP has no use for it; leave it out")
-    if config.optimizer.lr_schedule == "plateau":
-        raise ConfigError("--lr-schedule plateau: the loop with torch's DDP does not look at losses; take another")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
