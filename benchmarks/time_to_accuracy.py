@@ -68,7 +68,9 @@ A spec is a TOML file. Its keys, with [...] for what may be left out:
                  [networks = ["none"]]: every combination is a cell. A strategy is a name, or
                  {name = "local", label = "local, period 8", flags = {period = 8}}. A network is a rate such as
                  "1gbit", of links between virtual hosts with one rank each (needs root), or "none"
-  [baselines]    [serial_batches = [1, 64]]           one rank, one thread
+  [baselines]    [serial_batches = [1, 64]]           one rank, one thread. {batch = 1, lr = [...]} has rates of its
+                                                      own, as many as the others: for a mini-batch that the
+                                                      scaling does not fit
                  [all_cores, torch_ddp = false]       also one rank with all cores, and torch's DDP, at the grid's
                                                       mini-batches (and ranks and networks)
 

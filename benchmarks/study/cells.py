@@ -81,7 +81,10 @@ def rates_of(spec: Spec, cell: Cell) -> tuple[float, ...]:
     """Return the rates that a cell chooses from, scaled by the samples that one update of its parameters is made from.
 
     That is the mini-batch, except where every rank's gradient is an update by itself, or with --softsync so many are.
+    A serial mini-batch may have rates of its own.
     """
+    if cell.contender == SERIAL and cell.global_batch_size in spec.baselines.serial_lr:
+        return spec.baselines.serial_lr[cell.global_batch_size]
     if cell.strategy not in _SERVERS_OF_LONE:
         return spec.tuning.rates(cell.global_batch_size)
     flags = dict(cell.flags)

@@ -16,7 +16,7 @@ from typing import Any
 from allreduce_sgd.comm.options import ALGORITHMS
 from allreduce_sgd.compression.options import CODECS
 from allreduce_sgd.config import check_text, options
-from allreduce_sgd.errors import ConfigError, quoted
+from allreduce_sgd.errors import ConfigError, counted, quoted
 from allreduce_sgd.strategies.options import STRATEGIES
 from allreduce_sgd.toml_file import load_toml
 from allreduce_sgd.toml_table import (
@@ -85,9 +85,13 @@ class Grid:
 
 @dataclass(frozen=True)
 class Baselines:
-    """Serial SGD with these mini-batches; one rank with all cores, and torch's DDP, with those of the grid."""
+    """Serial SGD with these mini-batches; one rank with all cores, and torch's DDP, with those of the grid.
+
+    `serial_lr` are the rates of serial mini-batches that are too far from `Tuning.batch_size` for its scaling.
+    """
 
     serial_batches: tuple[int, ...] = ()
+    serial_lr: Mapping[int, tuple[float, ...]] = field(default_factory=dict)
     all_cores: bool = False
     torch_ddp: bool = False
 
@@ -142,14 +146,14 @@ def _spec(top: Table) -> Spec:
         trainer=_flags(trainer),
         tuning=_tuning(tuning),
         grid=_grid(grid),
-        baselines=Baselines(
-            baselines.take("serial_batches", list_of(count), ()),
-            baselines.take("all_cores", boolean, False),
-            baselines.take("torch_ddp", boolean, False),
-        ),
+        baselines=_baselines(baselines),
     )
-    baselines.end()
     top.end()
+    needed = len(spec.tuning.lr)
+    for batch, rates in spec.baselines.serial_lr.items():
+        if len(rates) != needed:
+            told = f"{counted(len(rates), 'rate')} for batch {batch}, but {needed} in [tuning]; every cell has as many"
+            raise baselines.fail("serial_batches", told)
     batches = {*spec.baselines.serial_batches, *spec.grid.global_batch_sizes}
     for batch in sorted(batches):
         if spec.evaluate_every_samples % batch:
@@ -162,17 +166,43 @@ def _spec(top: Table) -> Spec:
 def _tuning(table: Table) -> Tuning:
     batch_size = table.take("batch_size", count, None)
     tuning = Tuning(
-        table.take("lr", list_of(positive)),
+        table.take("lr", _ascending),
         batch_size,
         table.take("scaling", one_of(SCALINGS), "none"),
         table.take("seeds", count, 1),
     )
     table.end()
-    if not tuning.lr or list(tuning.lr) != sorted(set(tuning.lr)):
-        raise table.fail("lr", "give the rates in ascending order, at least one")
     if (batch_size is None) != (tuning.scaling == "none"):
         raise table.fail("batch_size", 'the mini-batch that lr is given for; with scaling "linear" or "sqrt" only')
     return tuning
+
+
+def _ascending(value: Any) -> tuple[float, ...]:
+    rates = list_of(positive)(value)
+    if not rates or list(rates) != sorted(set(rates)):
+        raise ValueError("give the rates in ascending order, at least one")
+    return rates
+
+
+def _baselines(table: Table) -> Baselines:
+    entries: tuple[dict[str, Any], ...] = table.take("serial_batches", list_of(_serial_values), ())
+    serial_lr: dict[int, tuple[float, ...]] = {}
+    batches = []
+    for index, values in enumerate(entries):
+        entry = Table(table.path, f"baselines.serial_batches[{index}]", values)
+        batches.append(entry.take("batch", count))
+        rates = entry.take("lr", _ascending, None)
+        entry.end()
+        if rates is not None:
+            serial_lr[batches[-1]] = rates
+    baselines = Baselines(
+        tuple(batches),
+        serial_lr,
+        table.take("all_cores", boolean, False),
+        table.take("torch_ddp", boolean, False),
+    )
+    table.end()
+    return baselines
 
 
 def _grid(table: Table) -> Grid:
@@ -214,6 +244,10 @@ def _several(value: Any) -> int:
     if count(value) < 2:
         raise ValueError(f"{value}: at least 2; one rank alone is among the baselines")
     return int(value)
+
+
+def _serial_values(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {"batch": count(value)}
 
 
 def _strategy_values(value: Any) -> dict[str, Any]:

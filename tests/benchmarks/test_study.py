@@ -27,6 +27,10 @@ TUNING = "[tuning]\nlr = [0.01, 0.1]\n"
 GRID = '[grid]\nranks = [2, 4]\nstrategies = ["sync"]\nglobal_batch_sizes = [32, 64]\n'
 
 
+def serial(batches: str) -> str:
+    return f"[baselines]\nserial_batches = [{batches}]\n"
+
+
 def spec_of(tmp_path: Path, text: str) -> Spec:
     file = tmp_path / "spec.toml"
     file.write_text(text)
@@ -70,6 +74,16 @@ def test_the_shipped_specs_are_ones_that_training_takes(name: str) -> None:
         (TOP + TUNING + GRID + "[trainer]\nperiod = 4\n", "--period: --strategy sync has no use for it"),
         (TOP + TUNING + GRID + "[baselines]\ntorch_ddp = 1\n", "baselines.torch_ddp: 1 is not true or false"),
         (TOP + TUNING + GRID.replace('["sync"]', '["sync", "sync"]'), "two cells are called 'sync, 2 ranks, batch 32'"),
+        (TOP + TUNING + GRID + "[baselines]\nserial_batches = [0]\n", "baselines.serial_batches: 0 is not a whole"),
+        (TOP + TUNING + GRID + serial("{lr = [1, 2]}"), "baselines.serial_batches[0].batch: is missing"),
+        (TOP + TUNING + GRID + serial("{batch = 1, lr = [2, 1]}"), "serial_batches[0].lr: give the rates in ascending"),
+        (TOP + TUNING + GRID + serial("{batch = 1, rate = 1}"), "baselines.serial_batches[0].rate: unknown key"),
+        (TOP + TUNING + GRID + serial("{batch = 1, lr = [1]}"), "baselines.serial_batches: 1 rate for batch 1, but 2"),
+        (TOP + TUNING + GRID + serial("1, {batch = 1, lr = [1, 2]}"), "two cells are called 'serial, batch 1'"),
+        (
+            TOP + TUNING + GRID + "[baselines]\ntorch_ddp = true\n[trainer]\naccumulate = 2\n",
+            "torch DDP, 2 ranks, batch 32: --accumulate 2: the loop with torch's DDP has no use for it",
+        ),
         (TOP + TUNING, "no cells: [grid] needs ranks"),
         ("name = ", "not valid TOML"),
     ],
@@ -130,6 +144,14 @@ def test_all_cells_choose_from_as_many_rates(tmp_path: Path) -> None:
     spec = spec_of(tmp_path, TOP + linear.replace("linear", "sqrt") + GRID)
     assert spec.tuning.rates(64) == pytest.approx((0.01 * math.sqrt(2), 0.1 * math.sqrt(2)), rel=1e-5)
     assert spec_of(tmp_path, TOP + TUNING + GRID).tuning.rates(64) == (0.01, 0.1)
+
+
+def test_a_serial_mini_batch_may_have_rates_of_its_own(tmp_path: Path) -> None:
+    far_off = TUNING + 'scaling = "sqrt"\nbatch_size = 64\n' + GRID + serial("{batch = 1, lr = [0.001, 0.002]}, 64")
+    spec = spec_of(tmp_path, TOP + far_off)
+    rates = {cell.label: rates_of(spec, cell) for cell in all_cells(spec, 2)}
+    assert rates["serial, batch 1"] == (0.001, 0.002)
+    assert rates["serial, batch 64"] == rates["sync, 2 ranks, batch 64"] == (0.01, 0.1)
 
 
 def test_rates_are_for_the_samples_that_an_update_is_made_from(tmp_path: Path) -> None:
