@@ -74,7 +74,7 @@ def test_the_shipped_specs_are_ones_that_training_takes(name: str) -> None:
         (TOP + TUNING + GRID + "[trainer]\nperiod = 4\n", "--period: --strategy sync has no use for it"),
         (TOP + TUNING + GRID + "[baselines]\ntorch_ddp = 1\n", "baselines.torch_ddp: 1 is not true or false"),
         (TOP + TUNING + GRID.replace('["sync"]', '["sync", "sync"]'), "two cells are called 'sync, 2 ranks, batch 32'"),
-        (TOP + TUNING + GRID + "[baselines]\nserial_batches = [0]\n", "baselines.serial_batches: 0 is not a whole"),
+        (TOP + TUNING + GRID + serial("0"), "baselines.serial_batches: 0 is not a whole"),
         (TOP + TUNING + GRID + serial("{lr = [1, 2]}"), "baselines.serial_batches[0].batch: is missing"),
         (TOP + TUNING + GRID + serial("{batch = 1, lr = [2, 1]}"), "serial_batches[0].lr: give the rates in ascending"),
         (TOP + TUNING + GRID + serial("{batch = 1, rate = 1}"), "baselines.serial_batches[0].rate: unknown key"),
@@ -137,7 +137,7 @@ def test_every_combination_is_a_cell_and_has_its_flags(tmp_path: Path) -> None:
 
 def test_all_cells_choose_from_as_many_rates(tmp_path: Path) -> None:
     linear = TUNING + 'scaling = "linear"\nbatch_size = 32\n'
-    spec = spec_of(tmp_path, TOP + linear + GRID + "[baselines]\nserial_batches = [1]\n")
+    spec = spec_of(tmp_path, TOP + linear + GRID + serial("1"))
     assert spec.tuning.rates(32) == (0.01, 0.1)
     assert spec.tuning.rates(64) == (0.02, 0.2)
     assert {len(rates_of(spec, cell)) for cell in all_cells(spec, 2)} == {2}
